@@ -1,0 +1,110 @@
+-- The definition behind GET /v1/analytics/performance/{vehicleId}.
+--
+-- A STABLE function runs all its statements in the snapshot of the statement that calls it, so the
+-- parts of an answer belong together even while readings arrive and rollups are refreshed.
+
+CREATE OR REPLACE FUNCTION vehicle_performance_v1(
+  vehicle_id text, since timestamptz, until timestamptz)
+RETURNS SETOF vehicle_performance
+LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  the_vehicle ALIAS FOR $1;
+  window_since ALIAS FOR $2;
+  window_until ALIAS FOR $3;
+  answer public.vehicle_performance;
+  device record;          -- of the vehicle: its kind and its interval in seconds
+  vehicle_hours record;   -- which hours of its rollup may be read
+  meter_hours record;
+  piece record;           -- a stretch of the window with one meter, or with none
+  dc record;
+  ac record;
+  temp_sum float8 := 0;
+  ac_promised float8 := 0;
+  ac_readings bigint := 0;
+BEGIN
+  IF NOT window_since < window_until THEN
+    RAISE EXCEPTION 'since must be before until' USING ERRCODE = 'invalid_parameter_value';
+  END IF;
+  SELECT v.energy_kind, extract(epoch FROM v.reporting_interval)::float8 AS interval_seconds
+  INTO device
+  FROM public.vehicle v WHERE v.vehicle_id = the_vehicle;
+  IF NOT FOUND THEN
+    RETURN;  -- never declared, assigned or heard
+  END IF;
+
+  answer.vehicle_id := the_vehicle;
+  answer.since := window_since;
+  answer.until := window_until;
+  answer.total_kwh_delivered_dc := 0;
+  answer.metered_kwh_delivered_dc := 0;
+  answer.dc_readings := 0;
+  SELECT * INTO vehicle_hours FROM public.rollup_coverage(
+    'vehicle_hourly', 'vehicle_telemetry_history', window_since, window_until);
+  SELECT * INTO meter_hours FROM public.rollup_coverage(
+    'meter_hourly', 'meter_telemetry_history', window_since, window_until);
+
+  FOR piece IN SELECT * FROM public.assigned_pieces(the_vehicle, window_since, window_until) LOOP
+    dc := public.device_measures('vehicle', the_vehicle, device.energy_kind, piece.since, piece.until,
+                                 vehicle_hours.rolled, vehicle_hours.dropped);
+    answer.total_kwh_delivered_dc := answer.total_kwh_delivered_dc + dc.kwh;
+    answer.dc_readings := answer.dc_readings + dc.readings;
+    temp_sum := temp_sum + dc.temp_sum;
+    IF piece.meter_id IS NOT NULL THEN
+      ac := public.device_measures('meter', piece.meter_id, piece.energy_kind, piece.since, piece.until,
+                                   meter_hours.rolled, meter_hours.dropped);
+      answer.metered_kwh_delivered_dc := answer.metered_kwh_delivered_dc + dc.kwh;
+      answer.total_kwh_consumed_ac := coalesce(answer.total_kwh_consumed_ac, 0) + ac.kwh;
+      ac_readings := ac_readings + ac.readings;
+      ac_promised := ac_promised
+        + extract(epoch FROM piece.until - piece.since)::float8 / piece.interval_seconds;
+    END IF;
+  END LOOP;
+
+  answer.ac_readings := ac_readings;
+  answer.average_battery_temp := temp_sum / nullif(answer.dc_readings, 0);
+  answer.efficiency_ratio :=
+    answer.metered_kwh_delivered_dc / nullif(answer.total_kwh_consumed_ac, 0);
+  answer.dc_coverage := least(1, answer.dc_readings * device.interval_seconds
+    / extract(epoch FROM window_until - window_since)::float8);
+  answer.ac_coverage := CASE WHEN ac_promised > 0 THEN least(1, ac_readings / ac_promised) ELSE 0 END;
+  answer.verdict := CASE
+    WHEN answer.total_kwh_consumed_ac IS NULL THEN 'no_meter'
+    WHEN least(answer.ac_coverage, answer.dc_coverage) < 0.9 THEN 'insufficient_data'
+    WHEN answer.efficiency_ratio > 1 THEN 'above_one'
+    WHEN answer.total_kwh_consumed_ac = 0 AND answer.metered_kwh_delivered_dc > 0 THEN 'above_one'
+    WHEN answer.efficiency_ratio < 0.85 THEN 'below_threshold'
+    ELSE 'ok' END;
+  RETURN NEXT answer;
+END $$;
+
+-- The window of a vehicle, cut where its assignments begin and end; meter_id is NULL where it hung
+-- on none. With the meter's kind and its interval in seconds.
+CREATE OR REPLACE FUNCTION assigned_pieces(
+  vehicle text, window_since timestamptz, window_until timestamptz)
+RETURNS TABLE (since timestamptz, until timestamptz, meter_id text, energy_kind text,
+               interval_seconds float8)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  assignment record;
+  reached timestamptz := window_since;
+BEGIN
+  FOR assignment IN
+    SELECT greatest(lower(a.during), window_since) AS since,
+           least(coalesce(upper(a.during), 'infinity'), window_until) AS until,
+           m.meter_id, m.energy_kind, extract(epoch FROM m.reporting_interval)::float8 AS seconds
+    FROM public.charging_assignment a JOIN public.meter m USING (meter_id)
+    WHERE a.vehicle_id = vehicle AND a.during && tstzrange(window_since, window_until)
+    ORDER BY 1
+  LOOP
+    IF reached < assignment.since THEN
+      RETURN QUERY SELECT reached, assignment.since, NULL::text, NULL::text, NULL::float8;
+    END IF;
+    RETURN QUERY SELECT assignment.since, assignment.until, assignment.meter_id,
+                        assignment.energy_kind, assignment.seconds;
+    reached := assignment.until;
+  END LOOP;
+  IF reached < window_until THEN
+    RETURN QUERY SELECT reached, window_until, NULL::text, NULL::text, NULL::float8;
+  END IF;
+END $$;

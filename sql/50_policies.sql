@@ -1,0 +1,152 @@
+-- Policies: what runs by itself. `migrate` reconciles them with the settings; a policy that is as it
+-- should be is left alone, so that its statistics and its next start are kept.
+
+-- Make the policy of one kind on one relation be exactly this; NULL removes it.
+CREATE OR REPLACE FUNCTION reconcile_policy(
+  relation regclass, policy text, wanted jsonb, every interval DEFAULT NULL)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  job record;
+  job_id integer;
+BEGIN
+  SELECT j.job_id, j.config - ARRAY['hypertable_id', 'mat_hypertable_id'] AS config, j.schedule_interval
+  INTO job
+  FROM timescaledb_information.jobs j
+  WHERE j.proc_name = policy
+    AND coalesce(j.config ->> 'mat_hypertable_id', j.config ->> 'hypertable_id')::integer
+        = public.hypertable_number(relation);
+  IF FOUND AND job.config @> wanted AND (every IS NULL OR job.schedule_interval = every) THEN
+    RETURN;
+  END IF;
+  IF FOUND THEN
+    PERFORM public.delete_job(job.job_id);
+  END IF;
+  CASE policy
+    WHEN 'policy_refresh_continuous_aggregate' THEN
+      job_id := public.add_continuous_aggregate_policy(
+        relation, start_offset => (wanted ->> 'start_offset')::interval,
+        end_offset => (wanted ->> 'end_offset')::interval, schedule_interval => every);
+    WHEN 'policy_compression' THEN
+      -- CALL add_columnstore_policy gives no job id back; the older name does the same.
+      job_id := public.add_compression_policy(
+        relation, compress_after => (wanted ->> 'compress_after')::interval);
+    WHEN 'policy_retention' THEN
+      -- Held until hold_retention() has seen every refresh succeed.
+      job_id := public.add_retention_policy(
+        relation, drop_after => (wanted ->> 'drop_after')::interval);
+      PERFORM public.alter_job(job_id, scheduled => false);
+  END CASE;
+  IF every IS NOT NULL THEN
+    PERFORM public.alter_job(job_id, schedule_interval => every);
+  END IF;
+END $$;
+
+-- The number by which jobs know a hypertable or the materialization of an aggregate.
+CREATE OR REPLACE FUNCTION hypertable_number(relation regclass) RETURNS integer
+LANGUAGE sql STABLE AS $$
+  SELECT coalesce(
+    (SELECT a.mat_hypertable_id FROM _timescaledb_catalog.continuous_agg a
+     WHERE format('%I.%I', a.user_view_schema, a.user_view_name)::regclass = relation),
+    (SELECT h.id FROM _timescaledb_catalog.hypertable h
+     JOIN pg_class c ON c.relname = h.table_name
+     JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = h.schema_name
+     WHERE c.oid = relation))
+$$;
+
+CREATE OR REPLACE FUNCTION reconcile_policies(
+  chunk interval, columnstore_after interval, raw_retention interval, hourly_retention interval,
+  refresh_start interval, refresh_end interval, refresh_every interval, quarantine_retention interval)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  class text;
+  job record;
+  wanted jsonb;
+  refresh constant text := 'policy_refresh_continuous_aggregate';
+BEGIN
+  FOREACH class IN ARRAY ARRAY['meter', 'vehicle'] LOOP
+    PERFORM public.set_chunk_time_interval(format('public.%s_telemetry_history', class)::regclass, chunk);
+    PERFORM public.reconcile_policy(
+      format('public.%s_hourly', class)::regclass, refresh,
+      jsonb_build_object('start_offset', refresh_start, 'end_offset', refresh_end), refresh_every);
+    -- Windows are aligned inward and jobs lag: the daily rollup gets days of slack, not hours.
+    PERFORM public.reconcile_policy(
+      format('public.%s_daily', class)::regclass, refresh,
+      jsonb_build_object('start_offset', refresh_start + INTERVAL '2 days',
+                         'end_offset', greatest(refresh_end, INTERVAL '1 day')), INTERVAL '1 hour');
+    PERFORM public.reconcile_policy(
+      format('public.%s_telemetry_history', class)::regclass, 'policy_compression',
+      jsonb_build_object('compress_after', columnstore_after), INTERVAL '6 hours');
+    PERFORM public.reconcile_policy(
+      format('public.%s_telemetry_history', class)::regclass, 'policy_retention',
+      jsonb_build_object('drop_after', raw_retention), INTERVAL '1 day');
+    PERFORM public.reconcile_policy(
+      format('public.%s_hourly', class)::regclass, 'policy_retention',
+      jsonb_build_object('drop_after', hourly_retention), INTERVAL '1 day');
+  END LOOP;
+  -- Two jobs of our own.
+  FOR job IN SELECT * FROM (VALUES
+      ('hold_retention', INTERVAL '15 minutes', '{}'::jsonb),
+      ('sweep_expired', INTERVAL '1 day', jsonb_build_object('drop_after', quarantine_retention))
+    ) AS j(name, every, config)
+  LOOP
+    SELECT j.config INTO wanted FROM timescaledb_information.jobs j
+    WHERE j.proc_schema = 'public' AND j.proc_name = job.name;
+    IF NOT FOUND OR wanted <> job.config THEN
+      PERFORM public.delete_job(j.job_id) FROM timescaledb_information.jobs j
+      WHERE j.proc_schema = 'public' AND j.proc_name = job.name;
+      PERFORM public.add_job(format('public.%I', job.name)::regproc, job.every, config => job.config);
+    END IF;
+  END LOOP;
+END $$;
+
+-- When each job last ran and how, whether TimescaleDB's workers ran it or the service did.
+CREATE OR REPLACE VIEW job_status AS
+SELECT j.job_id,
+       j.proc_name AS job,
+       coalesce(a.view_name, j.hypertable_name)::text AS relation,
+       j.schedule_interval,
+       j.scheduled,
+       s.last_started,
+       s.last_succeeded,
+       s.last_ok,
+       s.last_error
+FROM timescaledb_information.jobs j
+LEFT JOIN timescaledb_information.continuous_aggregates a
+  ON a.materialization_hypertable_name = j.hypertable_name
+LEFT JOIN LATERAL (
+  SELECT r.last_started, r.last_succeeded, r.last_ok, r.last_error FROM (
+    SELECT t.last_run_started_at, nullif(t.last_successful_finish, '-infinity'),
+           t.last_run_status = 'Success', NULL::text
+    FROM timescaledb_information.job_stats t
+    WHERE t.job_id = j.job_id AND t.last_run_started_at > '-infinity'
+    UNION ALL
+    (SELECT started_at,
+            (SELECT max(ok.finished_at) FROM public.job_run ok WHERE ok.job_id = j.job_id AND ok.succeeded),
+            succeeded, error
+     FROM public.job_run WHERE job_run.job_id = j.job_id ORDER BY started_at DESC LIMIT 1)
+  ) AS r(last_started, last_succeeded, last_ok, last_error)
+  ORDER BY r.last_started DESC LIMIT 1
+) s ON true
+WHERE j.job_id >= 1000;
+
+-- Raw data waits while a refresh is failing or late: what is dropped must have been rolled up.
+CREATE OR REPLACE PROCEDURE hold_retention(job_id integer, config jsonb)
+LANGUAGE plpgsql AS $$
+DECLARE
+  healthy boolean := NOT EXISTS (
+    SELECT FROM public.job_status s
+    WHERE s.job = 'policy_refresh_continuous_aggregate'
+      AND (s.last_ok IS NOT TRUE
+           OR s.last_succeeded < now() - INTERVAL '1 hour' - 3 * s.schedule_interval));
+BEGIN
+  PERFORM public.alter_job(j.job_id, scheduled => healthy)
+  FROM timescaledb_information.jobs j
+  WHERE j.proc_name = 'policy_retention' AND j.scheduled <> healthy;
+END $$;
+
+-- Quarantine past its retention, and the record of the service's own job runs.
+CREATE OR REPLACE PROCEDURE sweep_expired(job_id integer, config jsonb)
+LANGUAGE sql AS $$
+  DELETE FROM public.quarantine WHERE last_seen < now() - (config ->> 'drop_after')::interval;
+  DELETE FROM public.job_run WHERE started_at < now() - INTERVAL '90 days';
+$$;

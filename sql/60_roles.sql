@@ -1,0 +1,49 @@
+-- Two roles to grant from. They may log in once a DBA gives them a password (on the embedded engine
+-- they may at once). Roles belong to the whole cluster, so they are made only where missing.
+DO $$
+BEGIN
+  PERFORM pg_advisory_xact_lock(hashtext('energy_platform roles'));
+  IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'energy_reader') THEN
+    CREATE ROLE energy_reader LOGIN;
+  END IF;
+  IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'energy_ingest') THEN
+    CREATE ROLE energy_ingest LOGIN;
+  END IF;
+END $$;
+
+-- Nothing by default: a function is otherwise open to everyone.
+REVOKE ALL ON ALL TABLES IN SCHEMA public FROM energy_reader, energy_ingest;
+DO $$
+DECLARE
+  own regprocedure;
+BEGIN
+  FOR own IN
+    SELECT p.oid FROM pg_proc p
+    WHERE p.pronamespace = 'public'::regnamespace
+      AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
+  LOOP
+    EXECUTE format('REVOKE ALL ON ROUTINE %s FROM PUBLIC, energy_reader, energy_ingest', own);
+  END LOOP;
+END $$;
+
+-- The reader: the documented names, and no other.
+GRANT USAGE ON SCHEMA public TO energy_reader, energy_ingest;
+GRANT SELECT ON
+  meter_telemetry_history, vehicle_telemetry_history, meter_live_status, vehicle_live_status,
+  meter_hourly, vehicle_hourly, meter_daily, vehicle_daily,
+  meter_energy_hourly_v1, vehicle_energy_hourly_v1, meter_energy_daily_v1, vehicle_energy_daily_v1
+TO energy_reader;
+GRANT EXECUTE ON FUNCTION vehicle_performance_v1(text, timestamptz, timestamptz) TO energy_reader;
+-- Real-time aggregates and the energy views evaluate these with the rights of the one who asks.
+GRANT EXECUTE ON FUNCTION
+  register_step(float8, float8), counter_increase_next(float8[], float8),
+  counter_increase_total(float8[]), counter_increase(float8),
+  bucket_increase_next(float8[], float8, float8, float8), bucket_increase(float8, float8, float8)
+TO energy_reader, energy_ingest;
+
+-- Ingest: adds to history, moves live rows forward, registers devices, quarantines. History is
+-- append only, so there is no UPDATE and no DELETE on it.
+GRANT SELECT, INSERT ON meter_telemetry_history, vehicle_telemetry_history TO energy_ingest;
+GRANT SELECT, INSERT, UPDATE ON meter_live_status, vehicle_live_status, quarantine TO energy_ingest;
+GRANT SELECT, INSERT ON meter, vehicle TO energy_ingest;
+GRANT SELECT ON api_key, charging_assignment TO energy_ingest;

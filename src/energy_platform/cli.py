@@ -1,0 +1,413 @@
+"""The command line. Exit status: 0 done, 1 found something wrong, 2 wrong use, 3 not reachable."""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import uvicorn
+
+from energy_platform import __version__, access, database, doctor, logs, runtime, schema
+from energy_platform.errors import EnergyError, RequestError, SetupError, StorageError, UnreachableError
+from energy_platform.http.access import is_loopback
+from energy_platform.http.app import create_app
+from energy_platform.http.service import utc_now
+from energy_platform.settings import OPTIONS, Settings, load_settings
+
+DONE: Final = 0
+FOUND_WRONG: Final = 1
+WRONG_USE: Final = 2
+NOT_REACHABLE: Final = 3
+
+
+class Command(NamedTuple):
+    """A command: what it does, its positional arguments, and the function that runs it."""
+
+    help: str
+    run: Callable[[Settings, argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    settings_name: str = ""
+
+
+# ---- up and serve -----------------------------------------------------------------------------
+
+
+def run_up(settings: Settings, _arguments: argparse.Namespace) -> int:
+    """Database, schema, service and jobs in one process, until SIGINT or SIGTERM."""
+    started = time.monotonic()
+    if settings.database_url:
+        logs.set_up_logs()
+        opened: Any = contextlib.nullcontext(settings.database_url)
+    else:
+        folder = Path(settings.data_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        logs.set_up_logs(folder / "service.log")
+        _say(f"Starting TimescaleDB in {folder.resolve()} ...")
+        opened = runtime.open_engine(settings)
+    with _stop_by_signal(), opened as dsn:
+        applied = schema.migrate(dsn, settings)
+        if applied:
+            _say(f"Schema is new: {len(applied)} migrations applied.")
+        _prepare_keys(dsn, settings)
+        app = create_app(settings, dsn, runs_jobs=not settings.database_url)
+        server = _Server(
+            _uvicorn_config(app, settings),
+            lambda address: _greet(settings, address, time.monotonic() - started),
+        )
+        server.run()
+    return DONE if server.started else WRONG_USE
+
+
+def run_serve(settings: Settings, _arguments: argparse.Namespace) -> int:
+    """The HTTP service alone."""
+    logs.set_up_logs()
+    if not settings.database_url:
+        raise SetupError(
+            "serve needs a database server: set ENERGY_DATABASE_URL.",
+            hint="`energy-platform up` brings a database of its own",
+        )
+    with database.connect_now(settings.database_url, "energy-platform serve") as connection:
+        missing = schema.missing_migrations(connection)
+    if missing:
+        raise SetupError(
+            f"The database lacks {len(missing)} migrations.", hint="run `energy-platform migrate`"
+        )
+    _prepare_keys(settings.database_url, settings)
+    if settings.workers == 1:
+        app = create_app(settings, settings.database_url)
+        _Server(_uvicorn_config(app, settings), lambda _: None).run()
+        return DONE
+    # Worker processes read their settings from the environment, so what was given as options must
+    # be there as well.
+    for option in OPTIONS:
+        value = getattr(settings, option.field)
+        if "serve" in option.commands and value is not None:
+            os.environ[option.environment_name] = _environment_text(value)
+    config = _uvicorn_config("energy_platform.cli:create_worker_app", settings)
+    config.factory = True
+    config.workers = settings.workers
+    socket = config.bind_socket()
+    uvicorn.supervisors.Multiprocess(config, uvicorn.Server(config).run, [socket]).run()
+    return DONE
+
+
+def create_worker_app() -> Any:
+    """The application of one of several worker processes."""
+    logs.set_up_logs()
+    settings = load_settings("serve", os.environ)
+    assert settings.database_url
+    return create_app(settings, settings.database_url)
+
+
+def _environment_text(value: Any) -> str:
+    if isinstance(value, timedelta):
+        return f"PT{value.total_seconds():.0f}S"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=10,
+    )
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that says when it is ready, and where."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+@contextlib.contextmanager
+def _stop_by_signal() -> Iterator[None]:
+    """SIGTERM before the service runs ends it as Ctrl-C does: what was opened is closed."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _prepare_keys(dsn: str, settings: Settings) -> None:
+    """Make the bootstrap key; refuse an address that others reach while there is no key at all."""
+    with database.connect_now(dsn, "energy-platform keys") as connection:
+        if settings.bootstrap_key:
+            access.bootstrap_key(connection, settings.bootstrap_key)
+        if not is_loopback(settings.host) and not access.list_keys(connection):
+            raise SetupError(
+                f"{settings.host} can be reached by others, and there is no API key yet.",
+                hint="make one with `energy-platform keys create`, or set ENERGY_BOOTSTRAP_KEY",
+            )
+
+
+def _greet(settings: Settings, address: str, seconds: float) -> None:
+    if settings.database_url:
+        prefix = ""
+    else:
+        prefix = f"--data-dir {settings.data_dir} " if settings.data_dir != "energy-data" else ""
+    _say(
+        f"""
+Ready after {seconds:.1f} s: {address}  (stop with Ctrl-C)
+
+  API reference   {address}/schema
+  A first reading curl {address}/v1/ingest -H 'Content-Type: application/json' \\
+                    -d '{{"meterId":"M-101","kwhConsumedAc":14.6,"voltage":231,"timestamp":"'$(date -u +%FT%TZ)'"}}'
+  Live            curl {address}/v1/live/meters
+  SQL             psql "$(energy-platform dsn {prefix}--role reader)"
+  A fleet         energy-platform simulate --url {address} --faults
+"""
+    )
+    if settings.demo:
+        _start_demo(address)
+
+
+def _start_demo(address: str) -> None:
+    # A process of its own: the fleet must not take the service's turns. It gets our Ctrl-C as well.
+    subprocess.Popen(
+        [sys.executable, "-m", "energy_platform", "simulate", "--url", address, "--watch"],
+        env={k: v for k, v in os.environ.items() if not k.startswith("ENERGY_")},
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+# ---- migrate, doctor, jobs, dsn ----------------------------------------------------------------
+
+
+def run_migrate(settings: Settings, _arguments: argparse.Namespace) -> int:
+    """Schema to the newest version."""
+    with runtime.open_database(settings) as dsn:
+        applied = schema.migrate(dsn, settings)
+        if settings.bootstrap_key:
+            with database.connect_now(dsn, "energy-platform keys") as connection:
+                access.bootstrap_key(connection, settings.bootstrap_key)
+    for migration in applied:
+        _say(f"applied {migration}")
+    _say("The schema is at the newest version.")
+    return DONE
+
+
+def run_doctor(settings: Settings, _arguments: argparse.Namespace) -> int:
+    """Say what is unsafe or late, each with its mend."""
+    with (
+        runtime.open_database(settings) as dsn,
+        database.connect_now(dsn, "energy-platform doctor") as connection,
+    ):
+        findings = doctor.examine(connection, settings, utc_now())
+    for finding in findings:
+        _say(f"{finding.subject}: {finding.problem}\n    {finding.mend}")
+    _say(f"{len(findings)} found." if findings else "Nothing is wrong.")
+    return FOUND_WRONG if findings else DONE
+
+
+def run_jobs(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Run due jobs once, where the server has no background workers."""
+    logs.set_up_logs()
+    with (
+        runtime.open_database(settings) as dsn,
+        database.connect_now(dsn, "energy-platform jobs") as connection,
+    ):
+        runs = schema.run_due_jobs(connection, utc_now, run_all=arguments.all)
+    for run in runs:
+        seconds = (run.finished_at - run.started_at).total_seconds()
+        _say(f"{'ok    ' if run.succeeded else 'FAILED'} {seconds:7.2f} s  {run.job_name}")
+        if run.error:
+            _say(f"    {run.error}")
+    if not runs:
+        _say("No job is due.")
+    return DONE if all(run.succeeded for run in runs) else FOUND_WRONG
+
+
+def run_dsn(settings: Settings, _arguments: argparse.Namespace) -> int:
+    """Print the connection string of the running database."""
+    _say(runtime.find_running(settings, settings.dsn_role))
+    return DONE
+
+
+# ---- keys -------------------------------------------------------------------------------------
+
+
+def add_keys_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    create = actions.add_parser("create", help="make a key; its secret is shown once")
+    create.add_argument("name", help="whose key it is")
+    create.add_argument(
+        "--scope",
+        action="append",
+        choices=access.SCOPES,
+        help="what it may do; repeat for several (default: ingest)",
+    )
+    bound = create.add_mutually_exclusive_group()
+    bound.add_argument("--device", action="append", help="only for this device; repeat for several")
+    bound.add_argument("--prefix", help="only for devices whose id begins with this")
+    actions.add_parser("list", help="all keys")
+    actions.add_parser("revoke", help="end a key for good").add_argument("key_id")
+
+
+def run_keys(settings: Settings, arguments: argparse.Namespace) -> int:
+    """API keys."""
+    with (
+        runtime.open_database(settings) as dsn,
+        database.connect_now(dsn, "energy-platform keys") as connection,
+    ):
+        if schema.missing_migrations(connection):
+            schema.migrate(dsn, settings)
+        if arguments.action == "create":
+            key, secret = access.make_key(
+                arguments.name, arguments.scope or ["ingest"], arguments.device, arguments.prefix
+            )
+            access.add_key(connection, key)
+            print(f"{key.key_id} {key.name}: the secret is shown this once", file=sys.stderr)
+            _say(secret)
+        elif arguments.action == "list":
+            for key in access.list_keys(connection):
+                _say(_describe_key(key))
+        else:
+            access.revoke_key(connection, arguments.key_id)
+            _say(f"{arguments.key_id} is revoked; services stop taking it within seconds.")
+    return DONE
+
+
+def _describe_key(key: access.Key) -> str:
+    bound = ", ".join(key.device_ids or []) or (f"{key.device_prefix}*" if key.device_prefix else "")
+    state = f"revoked {key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else "valid"
+    scopes = ",".join(key.scopes)
+    return f"{key.key_id}  {state:24}  {scopes:18}  {key.name}{f'  [{bound}]' if bound else ''}"
+
+
+# ---- simulate, import, export -----------------------------------------------------------------
+
+
+def run_simulate(settings: Settings, _arguments: argparse.Namespace) -> int:
+    """A fleet that posts to a running service."""
+    from energy_platform import simulator
+
+    options = simulator.SimulationOptions(
+        url=settings.url,
+        key=settings.key,
+        meters=settings.meters,
+        vehicles=settings.vehicles,
+        interval=settings.interval,
+        backfill=settings.backfill,
+        duration=settings.duration,
+        faults=settings.faults,
+        seed=settings.seed,
+        batch=settings.batch,
+        watch=settings.watch,
+    )
+
+    async def simulate() -> int:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        account = await simulator.simulate(options, now=utc_now, out=sys.stdout, stop=stop)
+        return account.exit_status
+
+    return asyncio.run(simulate())
+
+
+COMMANDS: Final[dict[str, Command]] = {
+    "up": Command("database, schema, service and jobs, all in one", run_up),
+    "serve": Command("the HTTP service alone, on a database server", run_serve),
+    "migrate": Command("bring the schema to the newest version", run_migrate),
+    "doctor": Command("say what is unsafe or late", run_doctor),
+    "jobs": Command(
+        "run due jobs where the server has no background workers",
+        run_jobs,
+        lambda parser: _add_flag(parser, "--all", "run every job, due or not"),
+    ),
+    "dsn": Command("print the connection string of the running database", run_dsn),
+    "simulate": Command("a fleet that posts to a running service", run_simulate),
+    "keys": Command("make, list and revoke API keys", run_keys, add_keys_arguments),
+}
+
+
+def _add_flag(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+    parser.add_argument(flag, action="store_true", help=text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="energy-platform",
+        description="AC energy at the meter, DC energy in the battery, and the ratio between them.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help)
+        command.add_arguments(sub)
+        group = sub.add_argument_group("settings (each is also an environment variable)")
+        for option in OPTIONS:
+            if name not in option.commands:
+                continue
+            text = f"{option.description} [{option.environment_name}]".replace("%", "%%")
+            if option.type is bool:
+                group.add_argument(
+                    option.flag,
+                    dest=option.field,
+                    action=argparse.BooleanOptionalAction,
+                    default=None,
+                    help=text,
+                )
+            else:
+                group.add_argument(
+                    option.flag,
+                    dest=option.field,
+                    metavar=option.name.upper().split("_")[-1],
+                    help=text,
+                )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    arguments = make_parser().parse_args(argv)
+    command = COMMANDS[arguments.command]
+    try:
+        settings = load_settings(arguments.command, os.environ, vars(arguments))
+        return command.run(settings, arguments)
+    except (UnreachableError, StorageError) as error:
+        return _fail(error, NOT_REACHABLE)
+    except (SetupError, RequestError) as error:
+        return _fail(error, WRONG_USE)
+    except KeyboardInterrupt:
+        return DONE
+
+
+def _fail(error: EnergyError, status: int) -> int:
+    print(f"energy-platform: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  hint: {error.hint}", file=sys.stderr)
+    return status

@@ -1,0 +1,232 @@
+"""Devices, the ledger of which meter fed which vehicle, and the newest reading of each device."""
+
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.rows import class_row
+
+from energy_platform import database
+from energy_platform.errors import ConflictError, NotFoundError, UnprocessableError
+from energy_platform.readings import DeviceId, Instant
+
+_SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
+
+DeviceClass = Literal["meter", "vehicle"]
+INTERVAL_MAX = timedelta(days=31)
+
+
+class Declaration(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    """What kind of energy a device reports, and how often it promises to."""
+
+    energy_kind: Literal["interval", "register"] = "interval"
+    reporting_interval: timedelta = timedelta(seconds=60)
+
+
+class Meter(msgspec.Struct, rename="camel"):
+    meter_id: str
+    energy_kind: str
+    reporting_interval: timedelta
+
+
+class Vehicle(msgspec.Struct, rename="camel"):
+    vehicle_id: str
+    energy_kind: str
+    reporting_interval: timedelta
+
+
+class LiveMeter(msgspec.Struct, rename="camel"):
+    """The newest reading of a meter by its own clock. Units: kWh, V, s."""
+
+    meter_id: str
+    ts: datetime = msgspec.field(name="timestamp")
+    kwh_consumed_ac: float
+    voltage: float
+    received_at: datetime
+    stale_seconds: float
+
+
+class LiveVehicle(msgspec.Struct, rename="camel"):
+    """The newest reading of a vehicle by its own clock. Units: %, kWh, Celsius, s."""
+
+    vehicle_id: str
+    ts: datetime = msgspec.field(name="timestamp")
+    soc: float
+    kwh_delivered_dc: float
+    battery_temp: float
+    received_at: datetime
+    stale_seconds: float
+
+
+class AssignmentRequest(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
+    """This meter fed this vehicle in since <= ts < until; null: until further notice."""
+
+    meter_id: DeviceId
+    vehicle_id: DeviceId
+    since: Instant
+    until: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+
+
+class Assignment(msgspec.Struct, rename="camel"):
+    assignment_id: int = msgspec.field(name="id")
+    meter_id: str
+    vehicle_id: str
+    since: datetime
+    until: datetime | None
+
+
+_DEVICES: dict[DeviceClass, type[Meter] | type[Vehicle]] = {"meter": Meter, "vehicle": Vehicle}
+_LIVE: dict[DeviceClass, type[LiveMeter] | type[LiveVehicle]] = {
+    "meter": LiveMeter,
+    "vehicle": LiveVehicle,
+}
+
+
+async def put_device(
+    pool: database.Pool, device_class: DeviceClass, device_id: str, declaration: Declaration
+) -> tuple[Meter | Vehicle, bool]:
+    """Declare a device, for its whole past at once; also whether it was not known before."""
+    interval = declaration.reporting_interval
+    if not timedelta(0) < interval <= INTERVAL_MAX:
+        raise UnprocessableError(
+            f"reportingInterval must be over 0 and at most {INTERVAL_MAX.days} days",
+            code="out_of_range",
+        )
+    parameters = {
+        "device_id": device_id,
+        "energy_kind": declaration.energy_kind,
+        "reporting_interval": interval,
+    }
+    async with database.transaction(pool) as connection:
+        cursor = await connection.execute(_SQL[f"put_{device_class}"], parameters)
+        row = await cursor.fetchone()
+    assert row is not None
+    device = _DEVICES[device_class](device_id, declaration.energy_kind, interval)
+    return device, row[0]
+
+
+async def fetch_devices(
+    pool: database.Pool, device_class: DeviceClass, after: str | None, limit: int
+) -> list[Meter] | list[Vehicle]:
+    """A page of the registry, in the order of ids."""
+    parameters = {"device_id": None, "after": after, "limit": limit}
+    return await _fetch(pool, f"fetch_{device_class}s", _DEVICES[device_class], parameters)
+
+
+async def fetch_device(
+    pool: database.Pool, device_class: DeviceClass, device_id: str
+) -> Meter | Vehicle:
+    """One device of the registry. Raises: NotFoundError."""
+    parameters = {"device_id": device_id, "after": None, "limit": 1}
+    rows = await _fetch(pool, f"fetch_{device_class}s", _DEVICES[device_class], parameters)
+    if not rows:
+        raise _unknown(device_class, device_id)
+    return rows[0]
+
+
+async def fetch_live_page(
+    pool: database.Pool, device_class: DeviceClass, after: str | None, limit: int, now: datetime
+) -> list[LiveMeter] | list[LiveVehicle]:
+    """The newest reading of a page of devices, in the order of ids."""
+    parameters = {"device_id": None, "after": after, "limit": limit, "now": now}
+    return await _fetch(pool, f"fetch_live_{device_class}s", _LIVE[device_class], parameters)
+
+
+async def fetch_live(
+    pool: database.Pool, device_class: DeviceClass, device_id: str, now: datetime
+) -> LiveMeter | LiveVehicle:
+    """The newest reading of one device. Raises: NotFoundError where it was never heard."""
+    parameters = {"device_id": device_id, "after": None, "limit": 1, "now": now}
+    rows = await _fetch(pool, f"fetch_live_{device_class}s", _LIVE[device_class], parameters)
+    if not rows:
+        raise _unknown(device_class, device_id)
+    return rows[0]
+
+
+async def put_assignment(
+    pool: database.Pool, request: AssignmentRequest
+) -> tuple[Assignment, bool]:
+    """Write the ledger; also whether the entry is new.
+
+    The same meter, vehicle and `since` again replaces `until`, so a repeated PUT is safe.
+    Raises: ConflictError, naming the assignment that overlaps; UnprocessableError.
+    """
+    if request.until is not None and request.until <= request.since:
+        raise UnprocessableError("until must be after since", code="empty_window")
+    parameters = msgspec.structs.asdict(request)
+    while True:
+        try:
+            async with database.transaction(pool) as connection:
+                await connection.execute(_SQL["register_pair"], parameters)
+                cursor = await connection.execute(_SQL["end_assignment"], parameters)
+                row = await cursor.fetchone()
+                made = row is None
+                if row is None:
+                    cursor = await connection.execute(_SQL["add_assignment"], parameters)
+                    row = await cursor.fetchone()
+        except psycopg.errors.ExclusionViolation as error:
+            overlapping = await _fetch(pool, "fetch_overlapping", Assignment, parameters)
+            if not overlapping:
+                continue  # the other one is gone again, or was this very assignment
+            (other,) = overlapping
+            raise ConflictError(
+                f"The assignment overlaps with assignment {other.assignment_id}: meter "
+                f"{other.meter_id} fed vehicle {other.vehicle_id} since {_words(other.since)} "
+                f"until {_words(other.until)}.",
+                code="assignment_overlap",
+                hint="end that one first by a PUT with its since and an until",
+                overlapping=other,
+            ) from error
+        assert row is not None
+        return Assignment(row[0], **parameters), made
+
+
+async def fetch_assignments(
+    pool: database.Pool,
+    vehicle_id: str | None,
+    meter_id: str | None,
+    after: int | None,
+    limit: int,
+) -> list[Assignment]:
+    """A page of the ledger, in the order of ids."""
+    parameters = {
+        "vehicle_id": vehicle_id,
+        "meter_id": meter_id,
+        "after": after,
+        "limit": limit,
+    }
+    return await _fetch(pool, "fetch_assignments", Assignment, parameters)
+
+
+async def delete_assignment(pool: database.Pool, assignment_id: int) -> None:
+    """Take an entry out of the ledger: past answers change at once. Raises: NotFoundError."""
+    async with database.transaction(pool) as connection:
+        cursor = await connection.execute(
+            _SQL["delete_assignment"], {"assignment_id": assignment_id}
+        )
+        if await cursor.fetchone() is None:
+            raise NotFoundError(f"There is no assignment {assignment_id}.")
+
+
+async def _fetch(
+    pool: database.Pool, query_name: str, row_type: type[Any], parameters: dict[str, Any]
+) -> Any:
+    async def query(connection: AsyncConnection[Any]) -> list[Any]:
+        async with connection.cursor(row_factory=class_row(row_type)) as cursor:
+            await cursor.execute(_SQL[query_name], parameters)
+            return await cursor.fetchall()
+
+    return await database.read(pool, query)
+
+
+def _unknown(device_class: DeviceClass, device_id: str) -> NotFoundError:
+    return NotFoundError(
+        f"No {device_class} {device_id!r} is known here.", code=f"unknown_{device_class}"
+    )
+
+
+def _words(instant: datetime | None) -> str:
+    return "further notice" if instant is None else instant.isoformat()

@@ -1,0 +1,78 @@
+-- name: put_meter
+INSERT INTO meter (meter_id, energy_kind, reporting_interval)
+VALUES (%(device_id)s, %(energy_kind)s, %(reporting_interval)s)
+ON CONFLICT (meter_id) DO UPDATE
+SET energy_kind = excluded.energy_kind, reporting_interval = excluded.reporting_interval
+RETURNING xmax = 0 AS made
+
+-- name: put_vehicle
+INSERT INTO vehicle (vehicle_id, energy_kind, reporting_interval)
+VALUES (%(device_id)s, %(energy_kind)s, %(reporting_interval)s)
+ON CONFLICT (vehicle_id) DO UPDATE
+SET energy_kind = excluded.energy_kind, reporting_interval = excluded.reporting_interval
+RETURNING xmax = 0 AS made
+
+-- name: fetch_meters
+-- One device by its id, or a page of them in the order of their ids.
+SELECT meter_id, energy_kind, reporting_interval FROM meter
+WHERE (%(device_id)s::text IS NULL OR meter_id = %(device_id)s)
+  AND (%(after)s::text IS NULL OR meter_id > %(after)s)
+ORDER BY meter_id LIMIT %(limit)s
+
+-- name: fetch_vehicles
+SELECT vehicle_id, energy_kind, reporting_interval FROM vehicle
+WHERE (%(device_id)s::text IS NULL OR vehicle_id = %(device_id)s)
+  AND (%(after)s::text IS NULL OR vehicle_id > %(after)s)
+ORDER BY vehicle_id LIMIT %(limit)s
+
+-- name: fetch_live_meters
+SELECT meter_id, ts, kwh_consumed_ac, voltage, received_at,
+       greatest(0, extract(epoch FROM %(now)s - ts)::float8) AS stale_seconds
+FROM meter_live_status
+WHERE (%(device_id)s::text IS NULL OR meter_id = %(device_id)s)
+  AND (%(after)s::text IS NULL OR meter_id > %(after)s)
+ORDER BY meter_id LIMIT %(limit)s
+
+-- name: fetch_live_vehicles
+SELECT vehicle_id, ts, soc, kwh_delivered_dc, battery_temp, received_at,
+       greatest(0, extract(epoch FROM %(now)s - ts)::float8) AS stale_seconds
+FROM vehicle_live_status
+WHERE (%(device_id)s::text IS NULL OR vehicle_id = %(device_id)s)
+  AND (%(after)s::text IS NULL OR vehicle_id > %(after)s)
+ORDER BY vehicle_id LIMIT %(limit)s
+
+-- name: register_pair
+-- A device that was never declared is registered by its first assignment.
+WITH registered AS (INSERT INTO meter (meter_id) VALUES (%(meter_id)s) ON CONFLICT DO NOTHING)
+INSERT INTO vehicle (vehicle_id) VALUES (%(vehicle_id)s) ON CONFLICT DO NOTHING
+
+-- name: end_assignment
+-- The same meter, vehicle and `since` again: only `until` is replaced.
+UPDATE charging_assignment SET during = tstzrange(%(since)s, %(until)s)
+WHERE meter_id = %(meter_id)s AND vehicle_id = %(vehicle_id)s AND lower(during) = %(since)s
+RETURNING assignment_id
+
+-- name: add_assignment
+INSERT INTO charging_assignment (meter_id, vehicle_id, during)
+VALUES (%(meter_id)s, %(vehicle_id)s, tstzrange(%(since)s, %(until)s))
+RETURNING assignment_id
+
+-- name: fetch_overlapping
+-- The assignment that a refused one contradicts.
+SELECT assignment_id, meter_id, vehicle_id, lower(during) AS since, upper(during) AS until
+FROM charging_assignment
+WHERE (meter_id = %(meter_id)s OR vehicle_id = %(vehicle_id)s)
+  AND NOT (meter_id = %(meter_id)s AND vehicle_id = %(vehicle_id)s AND lower(during) = %(since)s)
+  AND during && tstzrange(%(since)s, %(until)s)
+ORDER BY lower(during) LIMIT 1
+
+-- name: fetch_assignments
+SELECT assignment_id, meter_id, vehicle_id, lower(during) AS since, upper(during) AS until
+FROM charging_assignment
+WHERE (%(meter_id)s::text IS NULL OR meter_id = %(meter_id)s)
+  AND (%(vehicle_id)s::text IS NULL OR vehicle_id = %(vehicle_id)s)
+  AND (%(after)s::bigint IS NULL OR assignment_id > %(after)s)
+ORDER BY assignment_id LIMIT %(limit)s
+
+-- name: delete_assignment
+DELETE FROM charging_assignment WHERE assignment_id = %(assignment_id)s RETURNING assignment_id

@@ -1,0 +1,51 @@
+"""Scopes at the HTTP border, and who may talk to a service that runs open."""
+
+import ipaddress
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from litestar.connection import ASGIConnection
+from litestar.handlers.base import BaseRouteHandler
+
+Guard = Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], Awaitable[None]]
+
+
+def require(scope: str) -> Guard:
+    """A guard that asks for an API key with this scope."""
+
+    async def guard(
+        connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler
+    ) -> None:
+        keys = connection.app.state.service.keys
+        await keys.authorize(connection.headers.get("authorization"), scope)
+
+    return guard
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def is_local_request(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether Host and Origin name this machine.
+
+    A page of another site that a browser on this machine shows cannot pass for a local client, not
+    even by a DNS name that it points to 127.0.0.1.
+    """
+    for name, value in headers:
+        if name == b"host":
+            host = urlsplit(f"//{value.decode('latin-1')}").hostname
+        elif name == b"origin":
+            host = urlsplit(value.decode("latin-1")).hostname
+        else:
+            continue
+        if host is None or not is_loopback(host):
+            return False
+    return True

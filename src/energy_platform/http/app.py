@@ -1,0 +1,271 @@
+"""Puts the service together: routes, errors, health, metrics, and what every request passes."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime
+from typing import Any, Final
+from urllib.parse import unquote
+
+import psycopg
+from litestar import Litestar, Response, Router, asgi, get
+from litestar.datastructures import State
+from litestar.di import Provide
+from litestar.response import Redirect
+from litestar.types import ASGIApp, ControllerRouterHandler, Message, Receive, Scope, Send
+
+from energy_platform import database, schema
+from energy_platform.access import KeyRing
+from energy_platform.errors import EnergyError, StorageError
+from energy_platform.http import analytics, fleet, quarantine
+from energy_platform.http.access import is_local_request, is_loopback, require
+from energy_platform.http.ingest import IngestEndpoint, Limits, answer_of_problem, send_answer
+from energy_platform.http.metrics import CONTENT_TYPE, Metrics
+from energy_platform.http.openapi import OPENAPI_CONFIG
+from energy_platform.http.problems import Problem, answer_problem
+from energy_platform.http.service import Service, utc_now
+from energy_platform.ingest import Writer
+from energy_platform.settings import Settings
+
+_log = logging.getLogger("energy_platform.http")
+
+JOB_PAUSE_SECONDS: Final = 30.0
+INGEST_PATH: Final = "/v1/ingest"
+
+
+def create_app(
+    settings: Settings,
+    dsn: str,
+    *,
+    runs_jobs: bool = False,
+    clock: Callable[[], datetime] = utc_now,
+) -> ASGIApp:
+    """The service on a migrated database. `runs_jobs`: the engine has no background workers.
+
+    `clock` is the only source of time for what is stored and answered.
+    """
+    metrics = Metrics()
+    state = State()
+    ingest = IngestEndpoint(
+        writer=lambda: state.service.writer,
+        keys=lambda: state.service.keys,
+        limits=Limits(settings.body_bytes_max, settings.body_readings_max, settings.late_window),
+        clock=clock,
+        metrics=metrics,
+    )
+    state.ingest = ingest
+    state.metrics = metrics
+    metrics.watch_writer(lambda: state.service.writer)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+        async with _open_service(settings, dsn, clock, runs_jobs) as service:
+            state.service = app.state.service = service
+            if service.keys.is_open:
+                _log.warning("no API key exists: open to everyone on this machine, and to nobody else")
+            yield
+
+    app = Litestar(
+        route_handlers=_routes(settings.serve_role, ingest),
+        lifespan=[lifespan],
+        state=state,
+        dependencies={"service": Provide(_provide_service)},
+        exception_handlers={Exception: answer_problem},
+        openapi_config=OPENAPI_CONFIG,
+        logging_config=None,
+        request_max_body_size=settings.body_bytes_max,
+    )
+    return _Front(app, state)
+
+
+def _routes(role: str, ingest: IngestEndpoint) -> list[ControllerRouterHandler]:
+    routes: list[ControllerRouterHandler] = [
+        Router("/health", route_handlers=[get_live, get_ready], tags=["service"]),
+        get_metrics,
+        get_root,
+    ]
+    if role in ("all", "ingest"):
+
+        @asgi(INGEST_PATH, copy_scope=False)
+        async def post_ingest(scope: Scope, receive: Receive, send: Send) -> None:
+            await ingest(scope, receive, send)
+
+        routes += [post_ingest, quarantine.router]
+    if role in ("all", "analytics"):
+        routes += [analytics.router, fleet.router]
+    return routes
+
+
+async def _provide_service(state: State) -> Service:
+    service: Service = state.service
+    return service
+
+
+@contextlib.asynccontextmanager
+async def _open_service(
+    settings: Settings, dsn: str, clock: Callable[[], datetime], runs_jobs: bool
+) -> AsyncIterator[Service]:
+    """Open pools, keys, writer and jobs; close them in reverse, the writer once it has drained."""
+    async with contextlib.AsyncExitStack() as stack:
+        read_pool = await stack.enter_async_context(
+            database.open_pool(
+                settings.read_url or dsn,
+                name="reader",
+                connections_max=settings.reader_connections,
+            )
+        )
+        write_pool = await stack.enter_async_context(
+            database.open_pool(dsn, name="admin", connections_max=4)
+        )
+        keys = KeyRing(
+            write_pool, loopback_only=is_loopback(settings.host), monotonic=time.monotonic
+        )
+        await keys.load()
+        writer = None
+        if settings.serve_role in ("all", "ingest"):
+            writer = await stack.enter_async_context(
+                Writer(
+                    dsn,
+                    clock=clock,
+                    refresh_end=settings.refresh_end,
+                    connections=settings.writer_connections,
+                    queue_readings_max=settings.queue_readings_max,
+                    queue_bytes_max=settings.queue_bytes_max,
+                )
+            )
+        await stack.enter_async_context(_background(keys.keep_fresh()))
+        if runs_jobs:
+            await stack.enter_async_context(_job_loop(dsn, clock))
+        yield Service(
+            read_pool=read_pool, write_pool=write_pool, keys=keys, writer=writer, clock=clock
+        )
+
+
+@contextlib.asynccontextmanager
+async def _background(coroutine: Any) -> AsyncIterator[None]:
+    task = asyncio.create_task(coroutine)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@contextlib.asynccontextmanager
+async def _job_loop(dsn: str, clock: Callable[[], datetime]) -> AsyncIterator[None]:
+    """Run due jobs in a thread, on a connection of their own, until the service stops."""
+    stopping = threading.Event()
+
+    def run() -> None:
+        while not stopping.wait(JOB_PAUSE_SECONDS if run_before else 1.0):
+            run_before.append(True)
+            try:
+                with database.connect_now(dsn, "energy-platform jobs") as connection:
+                    schema.run_due_jobs(connection, clock, stop=stopping.is_set)
+            except (EnergyError, psycopg.Error) as error:
+                _log.warning("jobs put off", extra={"error": str(error)})
+
+    run_before: list[bool] = []
+    thread = asyncio.create_task(asyncio.to_thread(run))
+    try:
+        yield
+    finally:
+        stopping.set()
+        await thread
+
+
+# ---- Service routes ---------------------------------------------------------------------------
+
+
+@get("/live", summary="The process runs")
+async def get_live() -> dict[str, str]:
+    return {"status": "live"}
+
+
+@get("/ready", summary="Database, schema version and jobs")
+async def get_ready(service: Service) -> Response[dict[str, Any]]:
+    try:
+        checks = await schema.check_ready(service.read_pool)
+    except StorageError as error:
+        checks = {"database": str(error)}
+    is_ready = checks.get("database") == "ok" and checks.get("schema") == "ok"
+    return Response(
+        {"status": "ready" if is_ready else "not ready", "checks": checks},
+        status_code=200 if is_ready else 503,
+        headers={} if is_ready else {"Retry-After": "2"},
+    )
+
+
+@get("/metrics", summary="Prometheus metrics", guards=[require("read")], tags=["service"])
+async def get_metrics(state: State) -> Response[bytes]:
+    return Response(state.metrics.render(), media_type=CONTENT_TYPE)
+
+
+@get("/", include_in_schema=False)
+async def get_root() -> Redirect:
+    return Redirect("/schema")
+
+
+# ---- What every request passes ----------------------------------------------------------------
+
+
+class _Front:
+    """In front of Litestar: who may talk to an open service, ids with a slash, metrics, the log."""
+
+    def __init__(self, app: Litestar, state: State) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        status = 500
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        raw_path = scope.get("raw_path") or b""
+        if b"%2f" in raw_path.lower():
+            # An id may hold a slash. Left encoded, it stays one segment of the path.
+            parts = raw_path.decode("latin-1").replace("%2f", "%2F").split("%2F")
+            scope["path"] = "%2F".join(unquote(part) for part in parts)
+        try:
+            if self._state.service.keys.is_open and not is_local_request(scope["headers"]):
+                await send_answer(send_and_note, answer_of_problem(_NOT_LOCAL))
+            else:
+                await self._app(scope, receive, send_and_note)
+        finally:
+            self._note(scope, status, time.perf_counter() - started)
+
+    def _note(self, scope: Any, status: int, seconds: float) -> None:
+        path = scope["path"]
+        route = scope.get("path_template", "unknown")
+        metrics: Metrics = self._state.metrics
+        metrics.requests.labels(scope["method"], route, status).inc()
+        metrics.seconds.labels(route).observe(seconds)
+        # Readings that are taken are counted, not logged: they are nearly all of the traffic.
+        if path != INGEST_PATH or status >= 400:
+            extra = {
+                "method": scope["method"],
+                "path": path,
+                "status": status,
+                "seconds": round(seconds, 6),
+            }
+            _log.log(logging.ERROR if status == 500 else logging.INFO, "request", extra=extra)
+
+
+_NOT_LOCAL: Final = Problem(
+    403,
+    "not_local",
+    "No API key exists yet, so the service answers only Host and Origin headers of this machine. "
+    "Make a key with `energy-platform keys create`.",
+)

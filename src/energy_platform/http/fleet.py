@@ -1,0 +1,155 @@
+"""Devices and assignments: PUT, GET and DELETE under /v1/meters, /v1/vehicles, /v1/assignments."""
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from litestar import Request, Response, Router, delete, get, put
+from litestar.params import Parameter
+
+from energy_platform import fleet
+from energy_platform.errors import MalformedError, UnprocessableError, UnsupportedMediaError
+from energy_platform.http.access import require
+from energy_platform.http.parameters import (
+    Cursor,
+    Limit,
+    Page,
+    decode_cursor,
+    decode_id,
+    decode_number_cursor,
+    page_of,
+)
+from energy_platform.http.service import Service
+
+T = TypeVar("T")
+
+
+async def decode_body(request: Request[Any, Any, Any], struct: type[T]) -> T:
+    """A JSON body by our own strict decoder. Raises: RequestError that names the field."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaError("The content type must be application/json.")
+    body = await request.body()
+    try:
+        return msgspec.json.decode(body, type=struct)
+    except msgspec.ValidationError as error:
+        raise UnprocessableError(str(error), code="invalid_body") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedError(f"The body is not JSON: {error}", code="not_json") from None
+
+
+def _made(content: T, made: bool) -> Response[T]:
+    return Response(content, status_code=201 if made else 200)
+
+
+@put(
+    "/meters/{meter_id:str}",
+    summary="Declare a meter",
+    guards=[require("admin")],
+)
+async def put_meter(
+    service: Service, request: Request[Any, Any, Any], meter_id: str
+) -> Response[fleet.Meter]:
+    declaration = await decode_body(request, fleet.Declaration)
+    device_id = decode_id("meterId", meter_id)
+    return _made(*await fleet.put_device(service.write_pool, "meter", device_id, declaration))
+
+
+@put(
+    "/vehicles/{vehicle_id:str}",
+    summary="Declare a vehicle",
+    guards=[require("admin")],
+)
+async def put_vehicle(
+    service: Service, request: Request[Any, Any, Any], vehicle_id: str
+) -> Response[fleet.Vehicle]:
+    declaration = await decode_body(request, fleet.Declaration)
+    device_id = decode_id("vehicleId", vehicle_id)
+    return _made(*await fleet.put_device(service.write_pool, "vehicle", device_id, declaration))
+
+
+@get("/meters/{meter_id:str}", summary="A meter", guards=[require("read")])
+async def get_meter(service: Service, meter_id: str) -> fleet.Meter:
+    return await fleet.fetch_device(service.read_pool, "meter", decode_id("meterId", meter_id))
+
+
+@get("/vehicles/{vehicle_id:str}", summary="A vehicle", guards=[require("read")])
+async def get_vehicle(service: Service, vehicle_id: str) -> fleet.Vehicle:
+    return await fleet.fetch_device(
+        service.read_pool, "vehicle", decode_id("vehicleId", vehicle_id)
+    )
+
+
+@get("/meters", summary="All meters", guards=[require("read")])
+async def list_meters(
+    service: Service, limit: Limit = 100, cursor: Cursor = None
+) -> Page[fleet.Meter]:
+    rows = await fleet.fetch_devices(
+        service.read_pool, "meter", decode_cursor(cursor), limit + 1
+    )
+    return page_of(rows, limit, "meter_id")
+
+
+@get("/vehicles", summary="All vehicles", guards=[require("read")])
+async def list_vehicles(
+    service: Service, limit: Limit = 100, cursor: Cursor = None
+) -> Page[fleet.Vehicle]:
+    rows = await fleet.fetch_devices(
+        service.read_pool, "vehicle", decode_cursor(cursor), limit + 1
+    )
+    return page_of(rows, limit, "vehicle_id")
+
+
+@put(
+    "/assignments",
+    summary="Say which meter fed which vehicle, and when",
+    guards=[require("admin")],
+)
+async def put_assignment(
+    service: Service, request: Request[Any, Any, Any]
+) -> Response[fleet.Assignment]:
+    assignment = await decode_body(request, fleet.AssignmentRequest)
+    return _made(*await fleet.put_assignment(service.write_pool, assignment))
+
+
+@get("/assignments", summary="The ledger", guards=[require("read")])
+async def list_assignments(
+    service: Service,
+    vehicle_id: Annotated[str | None, Parameter(query="vehicleId")] = None,
+    meter_id: Annotated[str | None, Parameter(query="meterId")] = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> Page[fleet.Assignment]:
+    rows = await fleet.fetch_assignments(
+        service.read_pool,
+        decode_id("vehicleId", vehicle_id) if vehicle_id is not None else None,
+        decode_id("meterId", meter_id) if meter_id is not None else None,
+        decode_number_cursor(cursor),
+        limit + 1,
+    )
+    return page_of(rows, limit, "assignment_id")
+
+
+@delete(
+    "/assignments/{assignment_id:int}",
+    summary="Take an entry out of the ledger",
+    guards=[require("admin")],
+)
+async def delete_assignment(service: Service, assignment_id: int) -> None:
+    await fleet.delete_assignment(service.write_pool, assignment_id)
+
+
+router = Router(
+    "/v1",
+    route_handlers=[
+        put_meter,
+        put_vehicle,
+        get_meter,
+        get_vehicle,
+        list_meters,
+        list_vehicles,
+        put_assignment,
+        list_assignments,
+        delete_assignment,
+    ],
+    tags=["fleet"],
+)

@@ -1,0 +1,98 @@
+"""Query parameters, cursors and ids, with errors that name the parameter."""
+
+import base64
+import binascii
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Final, Generic, TypeVar
+from urllib.parse import unquote
+
+import msgspec
+from litestar.params import Parameter
+
+from energy_platform.errors import MalformedError
+from energy_platform.readings import DEVICE_ID_PATTERN, Instant
+
+T = TypeVar("T")
+
+HOURS_MAX: Final = 744
+PAGE_MAX: Final = 1_000
+
+Hours = Annotated[int, Parameter(ge=1, le=HOURS_MAX, description="length of the window in hours")]
+Until = Annotated[
+    str | None, Parameter(description="end of the window, an RFC 3339 instant; default: now")
+]
+Limit = Annotated[int, Parameter(ge=1, le=PAGE_MAX, description="rows in a page")]
+Cursor = Annotated[str | None, Parameter(description="nextCursor of the page before")]
+
+_instant_decoder = msgspec.json.Decoder(Instant)
+
+
+class Page(msgspec.Struct, Generic[T], rename="camel"):
+    """One page; nextCursor is null on the last."""
+
+    items: list[T]
+    next_cursor: str | None
+
+
+def page_of(items: list[T], limit: int, key: str) -> Page[T]:
+    """A page from up to limit + 1 rows: the one too many only says that there are more."""
+    more = len(items) > limit
+    items = items[:limit]
+    cursor = _encode_cursor(str(getattr(items[-1], key))) if more else None
+    return Page(items, cursor)
+
+
+def _encode_cursor(key: str) -> str:
+    return base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str | None) -> str | None:
+    """The key that a page begins after. Raises: MalformedError."""
+    if cursor is None:
+        return None
+    try:
+        key = base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True).decode()
+    except (binascii.Error, ValueError):
+        raise _bad("cursor", "use nextCursor of the page before, as it is") from None
+    if "\0" in key:
+        raise _bad("cursor", "use nextCursor of the page before, as it is")
+    return key
+
+
+def decode_number_cursor(cursor: str | None) -> int | None:
+    key = decode_cursor(cursor)
+    if key is None:
+        return None
+    if not re.fullmatch(r"\d{1,18}", key):
+        raise _bad("cursor", "use nextCursor of the page before, as it is")
+    return int(key)
+
+
+def decode_window(until: str | None, hours: int, now: datetime) -> tuple[datetime, datetime]:
+    """since and until of a window, in UTC. Raises: MalformedError that names the parameter."""
+    if until is None:
+        end = now
+    else:
+        # A `+` that was not percent-encoded arrives as a space.
+        text = re.sub(r" (?=\d\d:\d\d$)", "+", until)
+        try:
+            end = _instant_decoder.decode(msgspec.json.encode(text)).astimezone(UTC)
+        except (msgspec.DecodeError, OverflowError):
+            raise _bad("until", "an RFC 3339 instant with an offset, as 2026-02-10T00:00:00Z") from None
+    try:
+        return end - timedelta(hours=hours), end
+    except OverflowError:
+        raise _bad("until", "the window would begin before the year 1") from None
+
+
+def decode_id(name: str, value: str) -> str:
+    """A device id from a path or query. Raises: MalformedError."""
+    device_id = unquote(value)
+    if not re.match(DEVICE_ID_PATTERN, device_id):
+        raise _bad(name, "1 to 64 printable ASCII characters without a space")
+    return device_id
+
+
+def _bad(name: str, expected: str) -> MalformedError:
+    return MalformedError(f"{name}: {expected}", code="bad_parameter", parameter=name)

@@ -1,0 +1,34 @@
+"""What the routes share: pools, writer, keys, clock. Opened and closed with the application."""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from energy_platform import database
+from energy_platform.access import KeyRing
+from energy_platform.ingest import Writer
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Service:
+    """The parts of a running service. Ingest and analytics have pools of their own."""
+
+    def __init__(
+        self,
+        *,
+        read_pool: database.Pool,
+        write_pool: database.Pool,
+        keys: KeyRing,
+        writer: Writer | None,
+        clock: Callable[[], datetime] = utc_now,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.read_pool = read_pool
+        self.write_pool = write_pool
+        self.keys = keys
+        self.writer = writer
+        self.clock = clock
+        self.monotonic = monotonic

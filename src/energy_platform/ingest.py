@@ -1,0 +1,442 @@
+"""The writer: readings join a queue, and their answer waits for the commit that holds them.
+
+The writer takes all that is queued as soon as its connection is free. At low load a reading goes alone
+at once; under load the batches grow by themselves. There is no timer and no acknowledgement before
+the commit.
+
+    record() -> queue -> plan_lanes() -> one transaction a lane -> the verdict of each reading
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import psycopg
+from psycopg import AsyncConnection
+
+from energy_platform import database
+from energy_platform.errors import OverloadedError, Rejection, StorageError
+from energy_platform.readings import (
+    METER_COLUMNS,
+    VEHICLE_COLUMNS,
+    Batch,
+    MeterReading,
+    Reading,
+    VehicleReading,
+    transpose,
+)
+
+Outcome = Literal["stored", "duplicate", "conflicting", "rejected"]
+OUTCOMES: Final[tuple[Outcome, ...]] = ("stored", "duplicate", "conflicting", "rejected")
+
+TRANSACTION_READINGS_MAX: Final = 20_000
+ATTEMPTS_MAX: Final = 5  # of a transaction that deadlocks or cannot be serialized
+QUARANTINE_PAYLOAD_BYTES_MAX: Final = 65_536
+CONFLICTING: Final = Rejection(
+    "conflicting", "$", "the same device and instant are stored with other values"
+)
+
+_log = logging.getLogger("energy_platform.ingest")
+_SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
+
+
+class _Kind(NamedTuple):
+    """What differs between the two kinds of reading."""
+
+    columns: tuple[str, ...]
+    insert: Any
+    fetch: Any
+
+
+_KINDS: Final = {
+    MeterReading: _Kind(METER_COLUMNS, _SQL["insert_meter_readings"], _SQL["fetch_meter_readings"]),
+    VehicleReading: _Kind(
+        VEHICLE_COLUMNS, _SQL["insert_vehicle_readings"], _SQL["fetch_vehicle_readings"]
+    ),
+}
+
+
+class Submission:
+    """The readings of one body on their way through the writer."""
+
+    __slots__ = (
+        "body_bytes",
+        "done",
+        "keep_unfit",
+        "key_id",
+        "outcomes",
+        "payloads",
+        "readings",
+        "undecided",
+    )
+
+    def __init__(
+        self,
+        batch: Batch,
+        body_bytes: int,
+        key_id: str | None,
+        keep_unfit: bool,
+        done: "asyncio.Future[None]",
+    ) -> None:
+        self.payloads = batch.payloads
+        self.readings = batch.readings
+        self.body_bytes = body_bytes
+        self.key_id = key_id
+        self.keep_unfit = keep_unfit
+        self.outcomes: list[Outcome] = ["rejected"] * len(batch.readings)
+        self.undecided = len(batch.readings)
+        self.done = done
+
+
+class Item(NamedTuple):
+    """One reading of a submission: the unit that a lane is made of."""
+
+    submission: Submission
+    position: int
+    reading: Reading | Rejection
+
+
+def plan_lanes(submissions: Iterable[Submission], late_before: datetime) -> list[list[Item]]:
+    """Sort readings into transactions: first all that are on time, then the late ones.
+
+    TimescaleDB logs one dirty range, [oldest, newest], for each transaction and chunk. One straggler
+    in a live batch would dirty every hour of its day up to now; so the late readings go by themselves,
+    and those of one day only together where their hours are neighbours.
+    """
+    on_time: list[Item] = []
+    late: list[tuple[int, Item]] = []  # with the hour, counted from the epoch
+    for submission in submissions:
+        for position, reading in enumerate(submission.readings):
+            item = Item(submission, position, reading)
+            if isinstance(reading, Rejection) or reading.ts >= late_before:
+                on_time.append(item)
+            else:
+                late.append((int(reading.ts.timestamp() // 3600), item))
+    lanes = [on_time] if on_time else []
+    if late:
+        lane_of_hour = _number_runs({hour for hour, _ in late})
+        late_lanes: list[list[Item]] = [[] for _ in range(max(lane_of_hour.values()) + 1)]
+        for hour, item in late:
+            late_lanes[lane_of_hour[hour]].append(item)
+        lanes += late_lanes
+    return lanes
+
+
+def _number_runs(hours: set[int]) -> dict[int, int]:
+    """Number the runs of neighbouring hours within each UTC day: 0, 1, 2 ..."""
+    numbers: dict[int, int] = {}
+    previous = None
+    run = 0
+    for hour in sorted(hours):
+        if previous is None or hour // 24 != previous // 24:
+            run = 0
+        elif hour != previous + 1:
+            run += 1
+        numbers[hour] = run
+        previous = hour
+    return numbers
+
+
+class Writer:
+    """Group commit over one connection or a few.
+
+    `clock` gives the instant that is kept as received_at. A reading is late when its hour can be
+    rolled up already, that is when it ended over `refresh_end` ago.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        clock: Callable[[], datetime],
+        refresh_end: timedelta,
+        connections: int = 1,
+        queue_readings_max: int = 100_000,
+        queue_bytes_max: int = 64 * 2**20,
+    ) -> None:
+        self._dsn = database.complete_dsn(dsn, "energy-platform writer")
+        self._clock = clock
+        self._refresh_end = refresh_end
+        self._connections = connections
+        self._queue: deque[Submission] = deque()
+        self._queue_readings_max = queue_readings_max
+        self._queue_bytes_max = queue_bytes_max
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self.queued_readings = 0
+        self.queued_bytes = 0
+        self.transactions = 0
+        self.transaction_readings = 0
+
+    async def __aenter__(self) -> "Writer":
+        self._tasks = [
+            asyncio.create_task(self._run(), name=f"writer {number}")
+            for number in range(self._connections)
+        ]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Write what is queued, then end."""
+        self._closing = True
+        self._wake.set()
+        await asyncio.gather(*self._tasks)
+
+    async def record(
+        self, batch: Batch, body_bytes: int, key_id: str | None = None, *, keep_unfit: bool = True
+    ) -> list[Outcome]:
+        """Store a body's readings; returns each one's outcome once it is on disk.
+
+        `keep_unfit` puts what is not stored in quarantine; a replay has it there already.
+        Raises: OverloadedError, StorageError. Then nothing of the body is acknowledged, and sending
+        it again is safe.
+        """
+        if not batch.readings:
+            return []
+        count = len(batch.readings)
+        # An empty queue admits any body, or one over the limit could never be sent.
+        if self._closing or (
+            self._queue
+            and (
+                self.queued_readings + count > self._queue_readings_max
+                or self.queued_bytes + body_bytes > self._queue_bytes_max
+            )
+        ):
+            raise OverloadedError
+        submission = Submission(
+            batch, body_bytes, key_id, keep_unfit, asyncio.get_running_loop().create_future()
+        )
+        self._queue.append(submission)
+        self.queued_readings += count
+        self.queued_bytes += body_bytes
+        self._wake.set()
+        await submission.done
+        return submission.outcomes
+
+    # ---- the loop -----------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        connection: AsyncConnection[Any] | None = None
+        while True:
+            group = self._take()
+            if not group:
+                if self._closing:
+                    break
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            connection = await self._write(connection, group)
+        if connection is not None:
+            await connection.close()
+
+    def _take(self) -> list[Submission]:
+        """All that is queued, up to what one transaction should hold; at least one body."""
+        group: list[Submission] = []
+        readings = 0
+        while self._queue and (
+            not group or readings + len(self._queue[0].readings) <= TRANSACTION_READINGS_MAX
+        ):
+            submission = self._queue.popleft()
+            readings += len(submission.readings)
+            self.queued_bytes -= submission.body_bytes
+            group.append(submission)
+        self.queued_readings -= readings
+        return group
+
+    async def _write(
+        self, connection: AsyncConnection[Any] | None, group: list[Submission]
+    ) -> AsyncConnection[Any] | None:
+        """Write a group lane by lane. Returns the connection to go on with, None if it is lost."""
+        now = self._clock()
+        late_before = now - self._refresh_end
+        late_before = late_before.replace(minute=0, second=0, microsecond=0)
+        for lane in plan_lanes(group, late_before):
+            try:
+                connection = await self._write_lane(connection, lane, now)
+            except Exception as error:
+                if not database.is_unavailable(error):
+                    _log.error("transaction failed", exc_info=error, extra={"readings": len(lane)})
+                failure = StorageError()
+                failure.__cause__ = error
+                for submission in {id(item.submission): item.submission for item in lane}.values():
+                    if not submission.done.done():
+                        submission.done.set_exception(failure)
+                if connection is not None:
+                    await connection.close()
+                connection = None
+        return connection
+
+    async def _write_lane(
+        self, connection: AsyncConnection[Any] | None, lane: list[Item], received_at: datetime
+    ) -> AsyncConnection[Any]:
+        """One transaction, run again where that may help, and in halves where the data is at fault."""
+        reconnected = connection is None
+        for attempt in range(ATTEMPTS_MAX):
+            if connection is None or connection.closed:
+                connection = await AsyncConnection.connect(
+                    self._dsn, autocommit=True, prepare_threshold=0
+                )
+            try:
+                async with connection.transaction():
+                    outcomes = await _store(connection, lane, received_at)
+                self._settle(lane, outcomes)
+                return connection
+            except (psycopg.Error, _RaceLost) as error:
+                if isinstance(error, psycopg.DataError | psycopg.IntegrityError):
+                    return await self._write_halves(connection, lane, received_at, error)
+                if isinstance(error, psycopg.Error) and database.is_unavailable(error):
+                    # Whether a lost connection's transaction was committed is told by received_at.
+                    if reconnected:
+                        raise
+                    reconnected = True
+                    await connection.close()
+                elif isinstance(error, psycopg.Error) and not database.is_transient(error):
+                    raise
+                elif attempt == ATTEMPTS_MAX - 1:
+                    raise
+        raise AssertionError("the loop returns or raises")
+
+    async def _write_halves(
+        self,
+        connection: AsyncConnection[Any],
+        lane: list[Item],
+        received_at: datetime,
+        error: psycopg.Error,
+    ) -> AsyncConnection[Any]:
+        """The database refuses a value: find the reading that holds it, and store the others."""
+        if len(lane) > 1:
+            middle = len(lane) // 2
+            connection = await self._write_lane(connection, lane[:middle], received_at)
+            return await self._write_lane(connection, lane[middle:], received_at)
+        (item,) = lane
+        if isinstance(item.reading, Rejection):
+            raise error
+        refusal = Rejection("refused", "$", str(error).strip(), item.reading.device_id)
+        item.submission.readings[item.position] = refusal
+        return await self._write_lane(connection, [item._replace(reading=refusal)], received_at)
+
+    def _settle(self, lane: list[Item], outcomes: list[Outcome]) -> None:
+        self.transactions += 1
+        self.transaction_readings += len(lane)
+        for (submission, position, _), outcome in zip(lane, outcomes, strict=True):
+            submission.outcomes[position] = outcome
+            submission.undecided -= 1
+            if not submission.undecided and not submission.done.done():
+                submission.done.set_result(None)
+
+
+class _RaceLost(Exception):
+    """A reading was neither inserted nor is it visible: run the transaction again."""
+
+
+async def _store(
+    connection: AsyncConnection[Any], lane: list[Item], received_at: datetime
+) -> list[Outcome]:
+    """The statements of one transaction; returns the outcome of each item."""
+    outcomes: list[Outcome] = ["rejected"] * len(lane)
+    for struct, kind in _KINDS.items():
+        indices = [i for i, item in enumerate(lane) if type(item.reading) is struct]
+        if indices:
+            await _store_kind(connection, kind, lane, indices, received_at, outcomes)
+    unfit = [
+        item
+        for item, outcome in zip(lane, outcomes, strict=True)
+        if outcome in ("rejected", "conflicting") and item.submission.keep_unfit
+    ]
+    if unfit:
+        await connection.execute(_SQL["quarantine_payloads"], quarantine_columns(unfit, received_at))
+    return outcomes
+
+
+async def _store_kind(
+    connection: AsyncConnection[Any],
+    kind: _Kind,
+    lane: list[Item],
+    indices: list[int],
+    received_at: datetime,
+    outcomes: list[Outcome],
+) -> None:
+    # A key that comes twice in a statement is settled here: the first by position is the first.
+    firsts: dict[tuple[str, datetime], int] = {}
+    for i in indices:
+        reading = lane[i].reading
+        assert not isinstance(reading, Rejection)
+        firsts.setdefault((reading.device_id, reading.ts), i)
+        outcomes[i] = "stored"
+    unique = list(firsts.values())
+    columns = transpose([lane[i].reading for i in unique], kind.columns)  # type: ignore[misc]
+    cursor = await connection.execute(kind.insert, {**columns, "received_at": received_at})
+    losers = [unique[position - 1] for (position,) in await cursor.fetchall()]
+    if not losers and len(unique) == len(indices):
+        return
+
+    # What is stored under a key: the values of the reading that was inserted, or what was there.
+    stored = {i: lane[i].reading.values for i in unique}  # type: ignore[union-attr]
+    for i, was_received_at, values in await _fetch_stored(connection, kind, lane, losers):
+        stored[i] = values
+        # The same received_at: an earlier attempt of this very transaction was committed after all.
+        if was_received_at != received_at:
+            outcomes[i] = "duplicate"
+    for i in indices:
+        reading = lane[i].reading
+        assert not isinstance(reading, Rejection)
+        first = firsts[reading.device_id, reading.ts]
+        if i == first and outcomes[i] == "stored":
+            continue
+        outcomes[i] = "duplicate" if reading.values == stored[first] else "conflicting"
+
+
+async def _fetch_stored(
+    connection: AsyncConnection[Any], kind: _Kind, lane: list[Item], losers: list[int]
+) -> list[tuple[int, datetime, tuple[float, ...]]]:
+    if not losers:
+        return []
+    keys = transpose([lane[i].reading for i in losers], kind.columns[:2])  # type: ignore[misc]
+    bounds = {"ts_min": min(keys["ts"]), "ts_max": max(keys["ts"])}
+    cursor = await connection.execute(kind.fetch, {**keys, **bounds})
+    rows = await cursor.fetchall()
+    if len(rows) != len(losers):
+        raise _RaceLost
+    return [(losers[position - 1], at, tuple(values)) for position, at, *values in rows]
+
+
+def quarantine_columns(items: Sequence[Item], seen_at: datetime) -> dict[str, Any]:
+    """One array per column; the same bytes for the same reason from the same sender once."""
+    rows: dict[bytes, list[Any]] = {}
+    for submission, position, reading in items:
+        reason = reading if isinstance(reading, Rejection) else CONFLICTING
+        device_id = reading.device_id
+        payload = bytes(submission.payloads[position])
+        key_id = submission.key_id
+        fingerprint = hashlib.sha256(
+            "\0".join((reason.code, reason.path, key_id or "", "")).encode() + payload
+        ).digest()
+        if fingerprint in rows:
+            rows[fingerprint][-1] += 1
+            continue
+        rows[fingerprint] = [
+            fingerprint,
+            payload[:QUARANTINE_PAYLOAD_BYTES_MAX],
+            len(payload),
+            reason.code,
+            reason.path,
+            _storable(reason.detail),
+            device_id,
+            key_id,
+            1,
+        ]
+    names = (
+        "fingerprint payload payload_bytes code path detail device_id key_id count".split()
+    )
+    columns = dict(zip(names, map(list, zip(*rows.values(), strict=True)), strict=True))
+    return {**columns, "seen_at": seen_at}
+
+
+def _storable(text: str) -> str:
+    """PostgreSQL's text holds every character but NUL."""
+    return text.replace("\0", "\\0")[:2000]

@@ -1,0 +1,73 @@
+"""Which database a command works on: the server of ENERGY_DATABASE_URL, or the embedded engine."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+
+from energy_platform.database import connect_now
+from energy_platform.embedded import Engine, EngineError, running_dsn
+from energy_platform.errors import SetupError, UnreachableError
+from energy_platform.settings import DATABASE_NAME, Settings
+
+_USERS = {"owner": "postgres", "ingest": "energy_ingest", "reader": "energy_reader"}
+
+
+@contextlib.contextmanager
+def open_engine(settings: Settings) -> Iterator[str]:
+    """Start the embedded engine on its folder; yields the database's connection string.
+
+    Raises: SetupError.
+    """
+    engine = Engine(Path(settings.data_dir), fsync=settings.embedded_fsync)
+    try:
+        engine.start()
+    except EngineError as error:
+        raise SetupError(str(error), code="engine") from error
+    try:
+        with connect_now(engine.dsn(), "energy-platform start") as connection:
+            _create_database(connection)
+        yield engine.dsn(database=DATABASE_NAME)
+    finally:
+        engine.stop()
+
+
+def _create_database(connection: psycopg.Connection) -> None:  # type: ignore[type-arg]
+    known = connection.execute("SELECT FROM pg_database WHERE datname = %s", (DATABASE_NAME,))
+    if known.fetchone() is None:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE_NAME)))
+
+
+@contextlib.contextmanager
+def open_database(settings: Settings) -> Iterator[str]:
+    """The connection string of the database at hand.
+
+    The server where one is set, the engine that another process runs on the data folder, or else
+    the engine, started for as long as this takes.
+    """
+    if settings.database_url:
+        yield settings.database_url
+        return
+    try:
+        dsn = find_running(settings)
+    except UnreachableError:
+        with open_engine(settings) as dsn:
+            yield dsn
+        return
+    yield dsn
+
+
+def find_running(settings: Settings, role: str = "owner") -> str:
+    """The connection string of the database that is running. Raises: UnreachableError."""
+    if settings.database_url:
+        if role == "owner":
+            return settings.database_url
+        return psycopg.conninfo.make_conninfo(
+            settings.database_url, user=_USERS[role], password=None
+        )
+    try:
+        return running_dsn(Path(settings.data_dir), user=_USERS[role], database=DATABASE_NAME)
+    except EngineError as error:
+        raise UnreachableError(str(error)) from error

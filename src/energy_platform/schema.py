@@ -1,0 +1,285 @@
+"""The schema's life: migrate, check, and run the jobs that are due."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import psycopg
+import yoyo
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import class_row
+from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
+from yoyo.connections import DatabaseURI
+
+from energy_platform import database
+from energy_platform.errors import SetupError
+from energy_platform.settings import Settings, check_retention
+
+_SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
+_log = logging.getLogger("energy_platform.schema")
+
+POSTGRES_MIN: Final = 15
+TIMESCALEDB_MIN: Final = (2, 23)
+MIGRATE_LOCK: Final = 0x656E65726779  # "energy", as the key of an advisory lock
+HOURLY: Final = timedelta(hours=1)
+DAILY: Final = timedelta(days=1)
+
+
+def _schema_folder() -> Path:
+    """Where migrations/ and sql/ are: inside an installed package, or beside src/ in a checkout."""
+    installed = Path(__file__).parent / "_schema"
+    return installed if installed.is_dir() else Path(__file__).parents[2]
+
+
+# ---- migrate ----------------------------------------------------------------------------------
+
+
+def migrate(dsn: str, settings: Settings) -> list[str]:
+    """Bring the schema to the newest version; returns the migrations that were applied.
+
+    From zero and from any earlier state. Two migrates at once wait for each other.
+    Raises: SetupError for a server that will not do, and for settings that would lose data.
+    """
+    wrong = check_retention(settings)
+    if wrong:
+        raise SetupError(f"These settings would lose data: {'; '.join(wrong)}.")
+    with database.connect_now(dsn, "energy-platform migrate") as connection, _lock(connection):
+        check_server(connection)
+        applied = _apply_migrations(dsn)
+        for path in sorted((_schema_folder() / "sql").glob("*.sql")):
+            with connection.transaction():
+                connection.execute(path.read_bytes())
+        connection.execute(_SQL["reconcile_policies"], settings.retention._asdict())
+    return applied
+
+
+@contextlib.contextmanager
+def _lock(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    connection.execute("SELECT pg_advisory_lock(%s)", (MIGRATE_LOCK,))
+    try:
+        yield
+    finally:
+        connection.execute("SELECT pg_advisory_unlock(%s)", (MIGRATE_LOCK,))
+
+
+def check_server(connection: psycopg.Connection[Any]) -> None:
+    """Create the extensions where they are missing. Raises: SetupError, in one sentence."""
+    row = connection.execute(_SQL["fetch_server"]).fetchone()
+    assert row is not None
+    server_version, available, installed, license_name = row
+    if server_version < POSTGRES_MIN * 10_000:
+        raise SetupError(
+            f"PostgreSQL {server_version // 10_000} is too old: {POSTGRES_MIN} or newer is needed."
+        )
+    if available is None:
+        raise SetupError(
+            "This server has no TimescaleDB: install TimescaleDB Community "
+            f"{_dotted(TIMESCALEDB_MIN)} or newer and load it by shared_preload_libraries."
+        )
+    version = tuple(int(part) for part in (installed or available).split("-")[0].split(".")[:2])
+    if version < TIMESCALEDB_MIN:
+        raise SetupError(
+            f"TimescaleDB {installed or available} is too old: {_dotted(TIMESCALEDB_MIN)} or newer "
+            "is needed (ALTER EXTENSION timescaledb UPDATE, once the newer one is installed)."
+        )
+    try:
+        connection.execute("CREATE EXTENSION IF NOT EXISTS timescaledb")
+        connection.execute("CREATE EXTENSION IF NOT EXISTS btree_gist")
+    except psycopg.Error as error:
+        raise SetupError(f"The extensions cannot be created: {str(error).strip()}.") from error
+    row = connection.execute("SELECT current_setting('timescaledb.license', true)").fetchone()
+    if row is not None and row[0] == "apache":
+        raise SetupError(
+            "This TimescaleDB is the Apache edition, which has no continuous aggregates, no "
+            "columnstore and no policies: the Community edition is needed (timescaledb.license = "
+            "'timescale')."
+        )
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _apply_migrations(dsn: str) -> list[str]:
+    parameters = {key: value for key, value in conninfo_to_dict(dsn).items() if value is not None}
+    name = parameters.pop("dbname", None)
+    uri = DatabaseURI("postgresql+psycopg", None, None, None, None, name, parameters)
+    backend = PostgresqlPsycopgBackend(uri, yoyo.migrations.default_migration_table)
+    backend.init_database()
+    try:
+        # yoyo's lock is a row, which a kill -9 leaves behind. We hold the advisory lock, or on the
+        # embedded engine the folder: nobody else can be migrating.
+        backend.break_lock()
+        migrations = yoyo.read_migrations(str(_schema_folder() / "migrations"))
+        # yoyo prints what a SELECT of a migration returns.
+        with backend.lock(), contextlib.redirect_stdout(io.StringIO()):
+            outstanding = backend.to_apply(migrations)
+            backend.apply_migrations(outstanding)
+            return [migration.id for migration in outstanding]
+    finally:
+        backend.connection.close()
+
+
+def list_migrations() -> set[str]:
+    """The ids of the migrations that this version of the program brings."""
+    return {path.stem for path in (_schema_folder() / "migrations").glob("*.sql")}
+
+
+def missing_migrations(connection: psycopg.Connection[Any]) -> set[str]:
+    """Which migrations the database does not have yet."""
+    try:
+        applied = {row[0] for row in connection.execute(_SQL["fetch_applied"])}
+    except psycopg.errors.UndefinedTable:
+        applied = set()
+    return list_migrations() - applied
+
+
+async def check_ready(pool: database.Pool) -> dict[str, str]:
+    """What `/health/ready` says of database, schema and jobs: "ok" or what is wrong.
+
+    Raises: StorageError.
+    """
+
+    async def query(connection: psycopg.AsyncConnection[Any]) -> dict[str, str]:
+        try:
+            cursor = await connection.execute(_SQL["fetch_applied"])
+            missing = list_migrations() - {row[0] for row in await cursor.fetchall()}
+        except psycopg.errors.UndefinedTable:
+            missing = list_migrations()
+        if missing:
+            return {"database": "ok", "schema": f"needs migrate: {', '.join(sorted(missing))}"}
+        async with connection.cursor(row_factory=class_row(JobStatus)) as jobs:
+            await jobs.execute(_SQL["fetch_job_status"])
+            failing = [job.title for job in await jobs.fetchall() if job.last_ok is False]
+        return {
+            "database": "ok",
+            "schema": "ok",
+            "jobs": f"failing: {', '.join(failing)}" if failing else "ok",
+        }
+
+    return await database.read(pool, query)
+
+
+# ---- jobs -------------------------------------------------------------------------------------
+
+
+class JobStatus(msgspec.Struct):
+    """A policy and its last run, by whoever ran it."""
+
+    job_id: int
+    job: str
+    relation: str | None
+    schedule_interval: timedelta
+    scheduled: bool
+    last_started: datetime | None
+    last_succeeded: datetime | None
+    last_ok: bool | None
+    last_error: str | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.job} {self.relation}" if self.relation else self.job
+
+
+class JobRun(msgspec.Struct):
+    """One run of a job by this process."""
+
+    job_id: int
+    job_name: str
+    started_at: datetime
+    finished_at: datetime
+    succeeded: bool
+    error: str | None = None
+
+
+def fetch_job_status(connection: psycopg.Connection[Any]) -> list[JobStatus]:
+    with connection.cursor(row_factory=class_row(JobStatus)) as cursor:
+        return cursor.execute(_SQL["fetch_job_status"]).fetchall()
+
+
+def run_due_jobs(
+    connection: psycopg.Connection[Any],
+    clock: Callable[[], datetime],
+    *,
+    run_all: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[JobRun]:
+    """Run the jobs that are due, for an engine that has no background workers.
+
+    In this order: hourly, daily, columnstore, retention. A failure is recorded and logged, and does
+    not keep the others from running. `connection` is in autocommit mode; between two steps other
+    clients of the one engine have their turn.
+    """
+    runs = []
+    due = connection.execute(_SQL["fetch_due_jobs"], {"all": run_all, "now": clock()}).fetchall()
+    for job_id, job, relation, start_offset, end_offset in due:
+        if stop():
+            break
+        if job == "policy_retention" and not _may_drop(connection, job_id):
+            continue
+        started_at = clock()
+        error = None
+        try:
+            if job == "policy_refresh_continuous_aggregate":
+                _refresh_dirty(connection, relation, start_offset, end_offset, started_at, stop)
+            else:
+                connection.execute("CALL run_job(%s)", (job_id,))
+        except psycopg.DatabaseError as failure:
+            if database.is_unavailable(failure):
+                raise
+            error = str(failure).strip()
+        name = f"{job} {relation}" if relation else job
+        run = JobRun(job_id, name, started_at, clock(), error is None, error)
+        connection.execute(_SQL["add_job_run"], msgspec.structs.asdict(run))
+        _log_run(run)
+        runs.append(run)
+    return runs
+
+
+def _may_drop(connection: psycopg.Connection[Any], job_id: int) -> bool:
+    """Whether a retention job may run: it is held back while a refresh is late or failing."""
+    connection.execute("CALL hold_retention(0, '{}')")
+    row = connection.execute(_SQL["fetch_job_scheduled"], {"job_id": job_id}).fetchone()
+    return bool(row and row[0])
+
+
+def _refresh_dirty(
+    connection: psycopg.Connection[Any],
+    rollup: str,
+    start_offset: str,
+    end_offset: str,
+    now: datetime,
+    stop: Callable[[], bool],
+) -> None:
+    """Refresh what is dirty, a chunk a call: one call over a year would block every client."""
+    pieces = connection.execute(
+        _SQL["fetch_dirty_pieces"],
+        {
+            "rollup": rollup,
+            "bucket": DAILY if rollup.endswith("_daily") else HOURLY,
+            "start_offset": start_offset,
+            "end_offset": end_offset,
+            "now": now,
+        },
+    ).fetchall()
+    for since, until in pieces:
+        if stop():
+            return
+        connection.execute(
+            "CALL refresh_continuous_aggregate(%s::regclass, %s::timestamptz, %s::timestamptz)",
+            (rollup, since, until),
+        )
+
+
+def _log_run(run: JobRun) -> None:
+    seconds = (run.finished_at - run.started_at).total_seconds()
+    extra = {"job": run.job_name, "job_id": run.job_id, "seconds": seconds, "error": run.error}
+    if run.succeeded:
+        _log.info("job ran", extra=extra)
+    else:
+        _log.error("job failed", extra=extra)

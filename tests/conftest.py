@@ -22,6 +22,7 @@ from energy_platform import schema
 from energy_platform.embedded import Engine
 from energy_platform.http.app import create_app
 from energy_platform.settings import Settings, load_settings
+from running import Platform
 
 LONG = os.environ.get("ENERGY_TEST_PROFILE", "quick") == "long"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -68,11 +69,14 @@ def _tell_pytest_postgresql(config: pytest.Config, dsn: str) -> None:
 
 
 def _migrate_template(**connection: Any) -> None:
-    dsn = make_conninfo(**{k: v for k, v in connection.items() if v is not None})
+    parameters = {
+        name: connection.get(name) for name in ("host", "port", "user", "password", "dbname")
+    }
+    dsn = make_conninfo(**{name: value for name, value in parameters.items() if value})
     schema.migrate(dsn, load_settings("migrate", {}))
 
 
-timescale = factories.postgresql_noproc(dbname="energy_test", load=[_migrate_template])
+timescale = factories.postgresql_noproc(load=[_migrate_template])
 postgresql = factories.postgresql("timescale")
 
 
@@ -81,7 +85,10 @@ def dsn(postgresql: psycopg.Connection[Any]) -> str:
     """The connection string of a clean, migrated database."""
     info = postgresql.info
     return make_conninfo(
-        host=info.host, port=info.port, user=info.user, password=info.password or None,
+        host=info.host,
+        port=info.port,
+        user=info.user,
+        password=info.password or None,
         dbname=info.dbname,
     )
 
@@ -103,7 +110,12 @@ class RunningService:
 
     def __init__(self, app: Any) -> None:
         config = uvicorn.Config(
-            app, host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none",
+            app,
+            host="127.0.0.1",
+            port=0,
+            log_config=None,
+            access_log=False,
+            ws="none",
             lifespan="on",
         )
         self._server = uvicorn.Server(config)
@@ -155,5 +167,14 @@ def api(start_service: StartService) -> httpx.Client:
 def shared_data() -> Path:
     """Real measurements beside the checkout, each with a SOURCE.txt."""
     if not SHARED_DATA.is_dir():
-        pytest.skip("real measurements (shared/data) are not here: the import of them is not proved")
+        pytest.skip(
+            "real measurements (shared/data) are not here: the import of them is not proved"
+        )
     return SHARED_DATA
+
+
+@pytest.fixture
+def platform(tmp_path: Path) -> Iterator[Platform]:
+    """`energy-platform up` in a process of its own, on a data folder of its own."""
+    with Platform(tmp_path / "data") as running:
+        yield running

@@ -69,7 +69,7 @@ def make_key(
             raise SetupError(f"There is no scope {scope!r}: use {', '.join(SCOPES)}.")
     if secret is None:
         secret = f"ek_{secrets.token_urlsafe(32)}"
-    elif not re.fullmatch(r"[!-~]{%d,512}" % BOOTSTRAP_CHARACTERS_MIN, secret):
+    elif not re.fullmatch(rf"[!-~]{{{BOOTSTRAP_CHARACTERS_MIN},512}}", secret):
         raise SetupError(
             f"A key given from outside has {BOOTSTRAP_CHARACTERS_MIN} to 512 printable ASCII "
             "characters without a space.",
@@ -99,7 +99,7 @@ def revoke_key(connection: psycopg.Connection[Any], key_id: str) -> None:
 
 
 def bootstrap_key(connection: psycopg.Connection[Any], secret: str) -> bool:
-    """Make the first key, with every scope, from a secret of the environment; False if keys exist."""
+    """Make the first key, with every scope, from a secret given; False if keys exist."""
     if list_keys(connection):
         return False
     key, _ = make_key("bootstrap", list(SCOPES), secret=secret)
@@ -149,8 +149,8 @@ class KeyRing:
             await asyncio.sleep(RELOAD_SECONDS)
             try:
                 await self.load()
-            except StorageError:
-                _log.warning("keys not reloaded: the database is away")
+            except (StorageError, psycopg.Error) as error:
+                _log.warning("keys not reloaded", extra={"error": str(error)})
 
     async def authorize(self, header: str | None, scope: str) -> Key | None:
         """The key of an Authorization header; None where the service runs open.
@@ -174,7 +174,7 @@ class KeyRing:
         return key
 
     def sender(self, key_id: str | None) -> Key | None:
-        """The key that sent something earlier. Raises: ForbiddenError where it has no rights now."""
+        """The key that sent something earlier. Raises: ForbiddenError if it has no rights now."""
         if key_id is None:
             return None
         key = self._by_id.get(key_id)

@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import uvicorn
+from uvicorn.supervisors import Multiprocess
 
-from energy_platform import __version__, access, database, doctor, logs, runtime, schema
-from energy_platform.errors import EnergyError, RequestError, SetupError, StorageError, UnreachableError
+from energy_platform import __version__, access, database, doctor, files, logs, runtime, schema
+from energy_platform.errors import (
+    EnergyError,
+    RequestError,
+    SetupError,
+    StorageError,
+    UnreachableError,
+)
 from energy_platform.http.access import is_loopback
 from energy_platform.http.app import create_app
 from energy_platform.http.service import utc_now
@@ -56,11 +63,13 @@ def run_up(settings: Settings, _arguments: argparse.Namespace) -> int:
         applied = schema.migrate(dsn, settings)
         if applied:
             _say(f"Schema is new: {len(applied)} migrations applied.")
-        _prepare_keys(dsn, settings)
+        has_key = _prepare_keys(dsn, settings)
         app = create_app(settings, dsn, runs_jobs=not settings.database_url)
         server = _Server(
             _uvicorn_config(app, settings),
-            lambda address: _greet(settings, address, time.monotonic() - started),
+            lambda address: _greet(
+                settings, address, time.monotonic() - started, is_open=not has_key
+            ),
         )
         server.run()
     return DONE if server.started else WRONG_USE
@@ -94,8 +103,7 @@ def run_serve(settings: Settings, _arguments: argparse.Namespace) -> int:
     config = _uvicorn_config("energy_platform.cli:create_worker_app", settings)
     config.factory = True
     config.workers = settings.workers
-    socket = config.bind_socket()
-    uvicorn.supervisors.Multiprocess(config, uvicorn.Server(config).run, [socket]).run()
+    Multiprocess(config, [config.bind_socket()]).run()
     return DONE
 
 
@@ -158,35 +166,45 @@ def _stop_by_signal() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _prepare_keys(dsn: str, settings: Settings) -> None:
-    """Make the bootstrap key; refuse an address that others reach while there is no key at all."""
+def _prepare_keys(dsn: str, settings: Settings) -> bool:
+    """Make the bootstrap key; whether there is a key at all.
+
+    Raises: SetupError for an address that others reach while there is none.
+    """
     with database.connect_now(dsn, "energy-platform keys") as connection:
         if settings.bootstrap_key:
             access.bootstrap_key(connection, settings.bootstrap_key)
-        if not is_loopback(settings.host) and not access.list_keys(connection):
+        has_key = bool(access.list_keys(connection))
+        if not has_key and not is_loopback(settings.host):
             raise SetupError(
                 f"{settings.host} can be reached by others, and there is no API key yet.",
                 hint="make one with `energy-platform keys create`, or set ENERGY_BOOTSTRAP_KEY",
             )
+    return has_key
 
 
-def _greet(settings: Settings, address: str, seconds: float) -> None:
-    if settings.database_url:
-        prefix = ""
-    else:
-        prefix = f"--data-dir {settings.data_dir} " if settings.data_dir != "energy-data" else ""
+def _greet(settings: Settings, address: str, seconds: float, *, is_open: bool) -> None:
+    program = sys.argv[0] if sys.argv[0].endswith("energy-platform") else "energy-platform"
+    folder = "" if settings.data_dir == "energy-data" else f" --data-dir {settings.data_dir}"
+    instant = "'$(date -u +%FT%TZ)'"  # in the shell's own quotes
+    reading = f'{{"meterId":"M-101","kwhConsumedAc":14.6,"voltage":231,"timestamp":"{instant}"}}'
     _say(
         f"""
-Ready after {seconds:.1f} s: {address}  (stop with Ctrl-C)
+Ready after {seconds:.1f} s: {address}  (Ctrl-C stops it)
 
-  API reference   {address}/schema
-  A first reading curl {address}/v1/ingest -H 'Content-Type: application/json' \\
-                    -d '{{"meterId":"M-101","kwhConsumedAc":14.6,"voltage":231,"timestamp":"'$(date -u +%FT%TZ)'"}}'
-  Live            curl {address}/v1/live/meters
-  SQL             psql "$(energy-platform dsn {prefix}--role reader)"
-  A fleet         energy-platform simulate --url {address} --faults
+  API reference    {address}/schema
+  A first reading  curl {address}/v1/ingest -H 'Content-Type: application/json' -d \\
+                     '{reading}'
+  Live             curl {address}/v1/live/meters
+  SQL              psql "$({program} dsn{folder} --role reader)"
+  A fleet          {program} simulate --url {address} --faults
 """
     )
+    if is_open:
+        _say(
+            "There is no API key yet: this is open to everyone on this machine, and to nobody else "
+            f"({program} keys create).\n"
+        )
     if settings.demo:
         _start_demo(address)
 
@@ -301,7 +319,9 @@ def run_keys(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _describe_key(key: access.Key) -> str:
-    bound = ", ".join(key.device_ids or []) or (f"{key.device_prefix}*" if key.device_prefix else "")
+    bound = ", ".join(key.device_ids or []) or (
+        f"{key.device_prefix}*" if key.device_prefix else ""
+    )
     state = f"revoked {key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else "valid"
     scopes = ",".join(key.scopes)
     return f"{key.key_id}  {state:24}  {scopes:18}  {key.name}{f'  [{bound}]' if bound else ''}"
@@ -338,6 +358,98 @@ def run_simulate(settings: Settings, _arguments: argparse.Namespace) -> int:
     return asyncio.run(simulate())
 
 
+def add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        help="NDJSON or CSV with the names of the contract, the UCI household power file (needs "
+        "--meter and --time-zone), or a DC charging session (needs --vehicle and --set "
+        "batteryTemp=...); plain or .gz",
+    )
+    parser.add_argument(
+        "--set",
+        dest="fill",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="fill a field where the file lacks it, such as batteryTemp=20; repeat for several. "
+        "The summary says in how many lines",
+    )
+    parser.epilog = (
+        "With --meter and --vehicle the meter is assigned to the vehicle, from one interval before "
+        "the first reading until further notice, or as --since and --until say. An assignment of "
+        "the two that holds then is left as it is; one that contradicts it is named and stays, "
+        "while the readings are stored all the same. What is not a reading goes to quarantine with "
+        "its line. The same file again is all duplicates. Readings older than ENERGY_LATE_WINDOW "
+        "are refused; set it for `up`, `serve` and `migrate` as well. Exit status: 0 when every "
+        "reading of the file is in the database, 1 when a reading is conflicting or out of time, "
+        "the assignment was not made, the file is cut or holds no reading."
+    )
+
+
+def run_import(settings: Settings, arguments: argparse.Namespace) -> int:
+    """A file in, through the same rules as the HTTP door."""
+    options = files.ImportOptions(
+        meter=settings.meter,
+        vehicle=settings.vehicle,
+        time_zone=settings.time_zone,
+        fill=files.decode_fill(arguments.fill),
+        since=settings.since,
+        until=settings.until,
+        late_window=settings.late_window,
+    )
+    with (
+        files.open_source(Path(arguments.file), options) as source,
+        runtime.open_database(settings) as dsn,
+    ):
+        files.prepare_database(dsn, settings)
+        account = asyncio.run(
+            files.import_source(
+                source,
+                options,
+                dsn,
+                clock=utc_now,
+                out=sys.stderr,
+                shows_progress=settings.progress,
+            )
+        )
+    _say(files.render_account(account))
+    return DONE if account.is_whole else FOUND_WRONG
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        nargs="?",
+        help="where to; compressed where it ends in .gz; default: standard output",
+    )
+
+
+def run_export(settings: Settings, arguments: argparse.Namespace) -> int:
+    """A device's history out, as `import` takes it."""
+    if (settings.meter is None) == (settings.vehicle is None):
+        raise SetupError("export writes the history of one device.", hint="--meter or --vehicle")
+    path = Path(arguments.file) if arguments.file else None
+    try:
+        with runtime.open_database(settings) as dsn:
+            export = files.export_history(
+                dsn,
+                "meter" if settings.meter else "vehicle",
+                settings.meter or settings.vehicle or "",
+                settings.since,
+                settings.until,
+                path,
+                stdout=sys.stdout.buffer,
+                out=sys.stderr,
+                shows_progress=settings.progress,
+            )
+    except BrokenPipeError:
+        # The reader has what it wanted, as `head` does; nothing may be flushed into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    print(files.render_export(export), file=sys.stderr)
+    return DONE
+
+
 COMMANDS: Final[dict[str, Command]] = {
     "up": Command("database, schema, service and jobs, all in one", run_up),
     "serve": Command("the HTTP service alone, on a database server", run_serve),
@@ -350,6 +462,10 @@ COMMANDS: Final[dict[str, Command]] = {
     ),
     "dsn": Command("print the connection string of the running database", run_dsn),
     "simulate": Command("a fleet that posts to a running service", run_simulate),
+    "import": Command(
+        "a file in, through the rules of the service", run_import, add_import_arguments
+    ),
+    "export": Command("a device's history out, as NDJSON", run_export, add_export_arguments),
     "keys": Command("make, list and revoke API keys", run_keys, add_keys_arguments),
 }
 

@@ -47,6 +47,8 @@ def open_pool(dsn: str, *, name: str, connections_max: int, waiting_max: int = 2
         max_size=connections_max,
         max_waiting=waiting_max,
         timeout=CONNECT_SECONDS_MAX,
+        # Give up soon, so that the next query tries afresh: the pauses between tries grow and grow.
+        reconnect_timeout=CONNECT_SECONDS_MAX,
         kwargs={"autocommit": True, "prepare_threshold": 0},
         name=name,
         open=False,

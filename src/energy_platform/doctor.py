@@ -8,6 +8,8 @@ import psycopg
 from energy_platform import schema
 from energy_platform.settings import Settings, check_retention
 
+_REFRESH = "policy_refresh_continuous_aggregate"
+
 
 class Finding(NamedTuple):
     """One thing that is wrong."""
@@ -31,7 +33,21 @@ def examine(
             Finding("schema", f"lacks {', '.join(sorted(missing))}", "energy-platform migrate")
         )
         return findings
-    for job in schema.fetch_job_status(connection):
+    trusted = schema.fetch_trusted(connection)
+    if trusted is None:
+        findings.append(
+            Finding("TimescaleDB", "was updated and not probed since", "energy-platform migrate")
+        )
+    elif not trusted:
+        findings.append(
+            Finding(
+                "TimescaleDB",
+                "keeps its books in a way we do not know: answers come from raw rows, slowly",
+                "use a version that is supported, then energy-platform migrate",
+            )
+        )
+    jobs = schema.fetch_job_status(connection)
+    for job in jobs:
         if job.last_ok is False:
             findings.append(Finding(job.title, f"failed: {job.last_error}", "see the log"))
         elif job.last_started is None:
@@ -40,4 +56,13 @@ def examine(
             findings.append(
                 Finding(job.title, f"last ran {job.last_started:%F %H:%M}Z", "energy-platform jobs")
             )
+    held = [job for job in jobs if job.job == "policy_retention" and not job.scheduled]
+    if held and not any(found.subject.startswith(_REFRESH) for found in findings):
+        findings.append(
+            Finding(
+                ", ".join(sorted(job.title for job in held)),
+                "held back: raw readings that would be dropped are not rolled up",
+                "energy-platform jobs",
+            )
+        )
     return findings

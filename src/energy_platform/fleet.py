@@ -1,8 +1,8 @@
 """Devices, the ledger of which meter fed which vehicle, and the newest reading of each device."""
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import psycopg
@@ -15,7 +15,6 @@ from energy_platform.readings import DeviceId, Instant
 
 _SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
 
-DeviceClass = Literal["meter", "vehicle"]
 INTERVAL_MAX = timedelta(days=31)
 
 
@@ -78,16 +77,21 @@ class Assignment(msgspec.Struct, rename="camel"):
     until: datetime | None
 
 
-_DEVICES: dict[DeviceClass, type[Meter] | type[Vehicle]] = {"meter": Meter, "vehicle": Vehicle}
-_LIVE: dict[DeviceClass, type[LiveMeter] | type[LiveVehicle]] = {
-    "meter": LiveMeter,
-    "vehicle": LiveVehicle,
+Device = TypeVar("Device", Meter, Vehicle)
+Live = TypeVar("Live", LiveMeter, LiveVehicle)
+Row = TypeVar("Row")
+
+_NOUN: dict[type[Any], str] = {
+    Meter: "meter",
+    Vehicle: "vehicle",
+    LiveMeter: "meter",
+    LiveVehicle: "vehicle",
 }
 
 
 async def put_device(
-    pool: database.Pool, device_class: DeviceClass, device_id: str, declaration: Declaration
-) -> tuple[Meter | Vehicle, bool]:
+    pool: database.Pool, kind: type[Device], device_id: str, declaration: Declaration
+) -> tuple[Device, bool]:
     """Declare a device, for its whole past at once; also whether it was not known before."""
     interval = declaration.reporting_interval
     if not timedelta(0) < interval <= INTERVAL_MAX:
@@ -101,48 +105,43 @@ async def put_device(
         "reporting_interval": interval,
     }
     async with database.transaction(pool) as connection:
-        cursor = await connection.execute(_SQL[f"put_{device_class}"], parameters)
+        cursor = await connection.execute(_SQL[f"put_{_NOUN[kind]}"], parameters)
         row = await cursor.fetchone()
     assert row is not None
-    device = _DEVICES[device_class](device_id, declaration.energy_kind, interval)
-    return device, row[0]
+    return kind(device_id, declaration.energy_kind, interval), row[0]
 
 
 async def fetch_devices(
-    pool: database.Pool, device_class: DeviceClass, after: str | None, limit: int
-) -> list[Meter] | list[Vehicle]:
+    pool: database.Pool, kind: type[Device], after: str | None, limit: int
+) -> list[Device]:
     """A page of the registry, in the order of ids."""
     parameters = {"device_id": None, "after": after, "limit": limit}
-    return await _fetch(pool, f"fetch_{device_class}s", _DEVICES[device_class], parameters)
+    return await _fetch(pool, f"fetch_{_NOUN[kind]}s", kind, parameters)
 
 
-async def fetch_device(
-    pool: database.Pool, device_class: DeviceClass, device_id: str
-) -> Meter | Vehicle:
+async def fetch_device(pool: database.Pool, kind: type[Device], device_id: str) -> Device:
     """One device of the registry. Raises: NotFoundError."""
     parameters = {"device_id": device_id, "after": None, "limit": 1}
-    rows = await _fetch(pool, f"fetch_{device_class}s", _DEVICES[device_class], parameters)
+    rows = await _fetch(pool, f"fetch_{_NOUN[kind]}s", kind, parameters)
     if not rows:
-        raise _unknown(device_class, device_id)
+        raise _unknown(_NOUN[kind], device_id)
     return rows[0]
 
 
 async def fetch_live_page(
-    pool: database.Pool, device_class: DeviceClass, after: str | None, limit: int, now: datetime
-) -> list[LiveMeter] | list[LiveVehicle]:
+    pool: database.Pool, kind: type[Live], after: str | None, limit: int, now: datetime
+) -> list[Live]:
     """The newest reading of a page of devices, in the order of ids."""
     parameters = {"device_id": None, "after": after, "limit": limit, "now": now}
-    return await _fetch(pool, f"fetch_live_{device_class}s", _LIVE[device_class], parameters)
+    return await _fetch(pool, f"fetch_live_{_NOUN[kind]}s", kind, parameters)
 
 
-async def fetch_live(
-    pool: database.Pool, device_class: DeviceClass, device_id: str, now: datetime
-) -> LiveMeter | LiveVehicle:
+async def fetch_live(pool: database.Pool, kind: type[Live], device_id: str, now: datetime) -> Live:
     """The newest reading of one device. Raises: NotFoundError where it was never heard."""
     parameters = {"device_id": device_id, "after": None, "limit": 1, "now": now}
-    rows = await _fetch(pool, f"fetch_live_{device_class}s", _LIVE[device_class], parameters)
+    rows = await _fetch(pool, f"fetch_live_{_NOUN[kind]}s", kind, parameters)
     if not rows:
-        raise _unknown(device_class, device_id)
+        raise _unknown(_NOUN[kind], device_id)
     return rows[0]
 
 
@@ -156,10 +155,15 @@ async def put_assignment(
     """
     if request.until is not None and request.until <= request.since:
         raise UnprocessableError("until must be after since", code="empty_window")
-    parameters = msgspec.structs.asdict(request)
+    parameters = {
+        **msgspec.structs.asdict(request),
+        "since": _in_utc("since", request.since),
+        "until": request.until and _in_utc("until", request.until),
+    }
     while True:
         try:
             async with database.transaction(pool) as connection:
+                await connection.execute(_SQL["lock_ledger"])
                 await connection.execute(_SQL["register_pair"], parameters)
                 cursor = await connection.execute(_SQL["end_assignment"], parameters)
                 row = await cursor.fetchone()
@@ -212,9 +216,9 @@ async def delete_assignment(pool: database.Pool, assignment_id: int) -> None:
 
 
 async def _fetch(
-    pool: database.Pool, query_name: str, row_type: type[Any], parameters: dict[str, Any]
-) -> Any:
-    async def query(connection: AsyncConnection[Any]) -> list[Any]:
+    pool: database.Pool, query_name: str, row_type: type[Row], parameters: dict[str, Any]
+) -> list[Row]:
+    async def query(connection: AsyncConnection[Any]) -> list[Row]:
         async with connection.cursor(row_factory=class_row(row_type)) as cursor:
             await cursor.execute(_SQL[query_name], parameters)
             return await cursor.fetchall()
@@ -222,10 +226,17 @@ async def _fetch(
     return await database.read(pool, query)
 
 
-def _unknown(device_class: DeviceClass, device_id: str) -> NotFoundError:
-    return NotFoundError(
-        f"No {device_class} {device_id!r} is known here.", code=f"unknown_{device_class}"
-    )
+def _unknown(noun: str, device_id: str) -> NotFoundError:
+    return NotFoundError(f"No {noun} {device_id!r} is known here.", code=f"unknown_{noun}")
+
+
+def _in_utc(name: str, instant: datetime) -> datetime:
+    try:
+        return instant.astimezone(UTC)
+    except OverflowError:
+        raise UnprocessableError(
+            f"{name} is outside of the years 1 to 9999 in UTC", code="out_of_range"
+        ) from None
 
 
 def _words(instant: datetime | None) -> str:

@@ -41,6 +41,10 @@ WHERE (%(device_id)s::text IS NULL OR vehicle_id = %(device_id)s)
   AND (%(after)s::text IS NULL OR vehicle_id > %(after)s)
 ORDER BY vehicle_id LIMIT %(limit)s
 
+-- name: lock_ledger
+-- One writer at a time, readers as ever: two exclusion constraints may deadlock writers otherwise.
+LOCK TABLE charging_assignment IN SHARE ROW EXCLUSIVE MODE
+
 -- name: register_pair
 -- A device that was never declared is registered by its first assignment.
 WITH registered AS (INSERT INTO meter (meter_id) VALUES (%(meter_id)s) ON CONFLICT DO NOTHING)

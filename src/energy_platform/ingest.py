@@ -1,8 +1,8 @@
 """The writer: readings join a queue, and their answer waits for the commit that holds them.
 
-The writer takes all that is queued as soon as its connection is free. At low load a reading goes alone
-at once; under load the batches grow by themselves. There is no timer and no acknowledgement before
-the commit.
+The writer takes all that is queued as soon as its connection is free. At low load a reading goes
+alone at once; under load the batches grow by themselves. There is no timer and no acknowledgement
+before the commit.
 
     record() -> queue -> plan_lanes() -> one transaction a lane -> the verdict of each reading
 """
@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -53,7 +53,7 @@ class _Kind(NamedTuple):
     fetch: Any
 
 
-_KINDS: Final = {
+_KINDS: Final[dict[type[MeterReading] | type[VehicleReading], _Kind]] = {
     MeterReading: _Kind(METER_COLUMNS, _SQL["insert_meter_readings"], _SQL["fetch_meter_readings"]),
     VehicleReading: _Kind(
         VEHICLE_COLUMNS, _SQL["insert_vehicle_readings"], _SQL["fetch_vehicle_readings"]
@@ -104,9 +104,9 @@ class Item(NamedTuple):
 def plan_lanes(submissions: Iterable[Submission], late_before: datetime) -> list[list[Item]]:
     """Sort readings into transactions: first all that are on time, then the late ones.
 
-    TimescaleDB logs one dirty range, [oldest, newest], for each transaction and chunk. One straggler
-    in a live batch would dirty every hour of its day up to now; so the late readings go by themselves,
-    and those of one day only together where their hours are neighbours.
+    TimescaleDB logs one dirty range, [oldest, newest], for each transaction and chunk. One
+    straggler in a live batch would dirty every hour of its day up to now; so the late readings go
+    by themselves, and those of one day only together where their hours are neighbours.
     """
     on_time: list[Item] = []
     late: list[tuple[int, Item]] = []  # with the hour, counted from the epoch
@@ -274,8 +274,9 @@ class Writer:
     async def _write_lane(
         self, connection: AsyncConnection[Any] | None, lane: list[Item], received_at: datetime
     ) -> AsyncConnection[Any]:
-        """One transaction, run again where that may help, and in halves where the data is at fault."""
+        """One transaction, again where that may help, and in halves where the data is at fault."""
         reconnected = connection is None
+        is_repeated = False  # whether an earlier attempt may have been committed after all
         for attempt in range(ATTEMPTS_MAX):
             if connection is None or connection.closed:
                 connection = await AsyncConnection.connect(
@@ -283,7 +284,7 @@ class Writer:
                 )
             try:
                 async with connection.transaction():
-                    outcomes = await _store(connection, lane, received_at)
+                    outcomes = await _store(connection, lane, received_at, is_repeated)
                 self._settle(lane, outcomes)
                 return connection
             except (psycopg.Error, _RaceLost) as error:
@@ -293,11 +294,11 @@ class Writer:
                     # Whether a lost connection's transaction was committed is told by received_at.
                     if reconnected:
                         raise
-                    reconnected = True
+                    reconnected = is_repeated = True
                     await connection.close()
-                elif isinstance(error, psycopg.Error) and not database.is_transient(error):
-                    raise
-                elif attempt == ATTEMPTS_MAX - 1:
+                elif attempt == ATTEMPTS_MAX - 1 or not (
+                    isinstance(error, _RaceLost) or database.is_transient(error)
+                ):
                     raise
         raise AssertionError("the loop returns or raises")
 
@@ -335,74 +336,94 @@ class _RaceLost(Exception):
 
 
 async def _store(
-    connection: AsyncConnection[Any], lane: list[Item], received_at: datetime
+    connection: AsyncConnection[Any], lane: list[Item], received_at: datetime, is_repeated: bool
 ) -> list[Outcome]:
     """The statements of one transaction; returns the outcome of each item."""
     outcomes: list[Outcome] = ["rejected"] * len(lane)
     for struct, kind in _KINDS.items():
-        indices = [i for i, item in enumerate(lane) if type(item.reading) is struct]
-        if indices:
-            await _store_kind(connection, kind, lane, indices, received_at, outcomes)
+        readings = {
+            i: reading for i, (*_, reading) in enumerate(lane) if isinstance(reading, struct)
+        }
+        if readings:
+            settled = await _store_kind(connection, kind, readings, received_at, is_repeated)
+            for i, outcome in settled.items():
+                outcomes[i] = outcome
     unfit = [
         item
         for item, outcome in zip(lane, outcomes, strict=True)
         if outcome in ("rejected", "conflicting") and item.submission.keep_unfit
     ]
     if unfit:
-        await connection.execute(_SQL["quarantine_payloads"], quarantine_columns(unfit, received_at))
+        columns = quarantine_columns(unfit, received_at)
+        await connection.execute(
+            _SQL["quarantine_payloads"], {**columns, "is_repeated": is_repeated}
+        )
     return outcomes
 
 
 async def _store_kind(
     connection: AsyncConnection[Any],
     kind: _Kind,
-    lane: list[Item],
-    indices: list[int],
+    readings: Mapping[int, Reading],
     received_at: datetime,
-    outcomes: list[Outcome],
-) -> None:
+    is_repeated: bool,
+) -> dict[int, Outcome]:
+    """Store readings of one kind, by their place in the lane; returns the outcome of each place."""
     # A key that comes twice in a statement is settled here: the first by position is the first.
     firsts: dict[tuple[str, datetime], int] = {}
-    for i in indices:
-        reading = lane[i].reading
-        assert not isinstance(reading, Rejection)
-        firsts.setdefault((reading.device_id, reading.ts), i)
-        outcomes[i] = "stored"
+    for place, reading in readings.items():
+        firsts.setdefault((reading.device_id, reading.ts), place)
+    outcomes: dict[int, Outcome] = dict.fromkeys(readings, "stored")
     unique = list(firsts.values())
-    columns = transpose([lane[i].reading for i in unique], kind.columns)  # type: ignore[misc]
+    columns = transpose([readings[place] for place in unique], kind.columns)
     cursor = await connection.execute(kind.insert, {**columns, "received_at": received_at})
     losers = [unique[position - 1] for (position,) in await cursor.fetchall()]
-    if not losers and len(unique) == len(indices):
-        return
+    if not losers and len(unique) == len(readings):
+        return outcomes
 
     # What is stored under a key: the values of the reading that was inserted, or what was there.
-    stored = {i: lane[i].reading.values for i in unique}  # type: ignore[union-attr]
-    for i, was_received_at, values in await _fetch_stored(connection, kind, lane, losers):
-        stored[i] = values
+    stored = {place: readings[place].values for place in unique}
+    for place, was_received_at, values in await _fetch_stored(connection, kind, readings, losers):
+        stored[place] = values
         # The same received_at: an earlier attempt of this very transaction was committed after all.
-        if was_received_at != received_at:
-            outcomes[i] = "duplicate"
-    for i in indices:
-        reading = lane[i].reading
-        assert not isinstance(reading, Rejection)
+        if not (is_repeated and was_received_at == received_at):
+            outcomes[place] = "duplicate"
+    for place, reading in readings.items():
         first = firsts[reading.device_id, reading.ts]
-        if i == first and outcomes[i] == "stored":
-            continue
-        outcomes[i] = "duplicate" if reading.values == stored[first] else "conflicting"
+        if place != first or outcomes[place] != "stored":
+            outcomes[place] = "duplicate" if reading.values == stored[first] else "conflicting"
+    return outcomes
 
 
 async def _fetch_stored(
-    connection: AsyncConnection[Any], kind: _Kind, lane: list[Item], losers: list[int]
+    connection: AsyncConnection[Any],
+    kind: _Kind,
+    readings: Mapping[int, Reading],
+    losers: list[int],
 ) -> list[tuple[int, datetime, tuple[float, ...]]]:
+    """Place, received_at and values of what is stored under the keys of these places."""
     if not losers:
         return []
-    keys = transpose([lane[i].reading for i in losers], kind.columns[:2])  # type: ignore[misc]
+    keys = transpose([readings[place] for place in losers], kind.columns[:2])
     bounds = {"ts_min": min(keys["ts"]), "ts_max": max(keys["ts"])}
     cursor = await connection.execute(kind.fetch, {**keys, **bounds})
     rows = await cursor.fetchall()
     if len(rows) != len(losers):
         raise _RaceLost
     return [(losers[position - 1], at, tuple(values)) for position, at, *values in rows]
+
+
+_QUARANTINE_COLUMNS: Final = (
+    "fingerprint",
+    "payload",
+    "payload_bytes",
+    "code",
+    "path",
+    "detail",
+    "device_id",
+    "key_id",
+    "count",
+)
 
 
 def quarantine_columns(items: Sequence[Item], seen_at: datetime) -> dict[str, Any]:
@@ -430,10 +451,8 @@ def quarantine_columns(items: Sequence[Item], seen_at: datetime) -> dict[str, An
             key_id,
             1,
         ]
-    names = (
-        "fingerprint payload payload_bytes code path detail device_id key_id count".split()
-    )
-    columns = dict(zip(names, map(list, zip(*rows.values(), strict=True)), strict=True))
+    arrays = map(list, zip(*rows.values(), strict=True))
+    columns = dict(zip(_QUARANTINE_COLUMNS, arrays, strict=True))
     return {**columns, "seen_at": seen_at}
 
 

@@ -77,7 +77,8 @@ JOIN vehicle_telemetry_history h ON h.vehicle_id = i.vehicle_id AND h.ts = i.ts
 WHERE h.ts >= %(ts_min)s AND h.ts <= %(ts_max)s
 
 -- name: quarantine_payloads
--- Keep what was not a reading: once for each sender, reason and bytes, with a count.
+-- Keep what was not a reading: once for each sender, reason and bytes, with a count. A transaction that
+-- is run again because its commit is in doubt does not count twice what it had counted.
 INSERT INTO quarantine AS q (fingerprint, payload, payload_bytes, code, path, detail, device_id, key_id,
                              count, first_seen, last_seen)
 SELECT fingerprint, payload, payload_bytes, code, path, detail, device_id, key_id,
@@ -89,5 +90,6 @@ FROM unnest(
   AS r (fingerprint, payload, payload_bytes, code, path, detail, device_id, key_id, count)
 ORDER BY fingerprint
 ON CONFLICT (fingerprint) DO UPDATE
-SET count = q.count + excluded.count,
+SET count = q.count + CASE WHEN %(is_repeated)s AND q.last_seen = excluded.last_seen THEN 0
+                           ELSE excluded.count END,
     last_seen = greatest(q.last_seen, excluded.last_seen)

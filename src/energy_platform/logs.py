@@ -49,5 +49,7 @@ def set_up_logs(file: Path | None = None) -> None:
         rotating.setFormatter(JsonFormatter())
         root.addHandler(rotating)
     # Libraries that would log every connection or query at INFO.
-    for name in ("yoyo", "psycopg.pool", "uvicorn", "httpx", "faker"):
+    for name in ("yoyo", "uvicorn", "httpx", "faker"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A lost connection is told by the request or job that it was lost to.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)

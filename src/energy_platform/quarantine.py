@@ -4,7 +4,7 @@ import base64
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from psycopg import AsyncConnection
@@ -16,6 +16,10 @@ _SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
 
 REPLAY_BATCH = 1_000
 REPLAY_ERRORS_MAX = 100
+
+CODE_PATTERN = r"^[a-z0-9_]{1,64}\Z"
+Code = Annotated[str, msgspec.Meta(pattern=CODE_PATTERN)]
+EntryId = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 
 
 class Entry(msgspec.Struct):
@@ -77,8 +81,8 @@ class EntryAnswer(msgspec.Struct, rename="camel"):
 class ReplayRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Which entries to run through ingest again: these, or all of a code."""
 
-    ids: list[int] | None = None
-    code: str | None = None
+    ids: list[EntryId] | None = None
+    code: Code | None = None
 
 
 class Verdict(msgspec.Struct):
@@ -164,9 +168,7 @@ async def replay(
             await connection.execute(_SQL["delete_replayed"], {"ids": settled})
 
 
-async def _fetch(
-    pool: database.Pool, query_name: str, parameters: dict[str, Any]
-) -> list[Entry]:
+async def _fetch(pool: database.Pool, query_name: str, parameters: dict[str, Any]) -> list[Entry]:
     async def query(connection: AsyncConnection[Any]) -> list[Entry]:
         async with connection.cursor(row_factory=class_row(Entry)) as cursor:
             await cursor.execute(_SQL[query_name], parameters)

@@ -100,8 +100,9 @@ _array_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 _object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _naive_decoder = msgspec.json.Decoder(datetime)
 
-# A string, or a token that strict JSON does not have. Strings are matched so as to be passed over.
-_STRING_OR_NOT_FINITE = re.compile(rb'"(?:[^"\\]|\\.)*"|-?Infinity|NaN', re.DOTALL)
+# A string, or a token that strict JSON does not have. Strings are matched so as to be passed over,
+# also one that never ends, and without going back: time must grow with the length, not its square.
+_STRING_OR_NOT_FINITE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|-?Infinity|NaN', re.DOTALL)
 
 
 def decode_single(body: bytes, limits: TimeLimits) -> Batch:
@@ -166,9 +167,7 @@ def _decode_each(payloads: Sequence[Payload], limits: TimeLimits) -> Batch:
     return Batch(payloads, readings, unknown_fields)
 
 
-def decode_reading(
-    payload: Payload, limits: TimeLimits
-) -> tuple[Reading | Rejection, int]:
+def decode_reading(payload: Payload, limits: TimeLimits) -> tuple[Reading | Rejection, int]:
     """Decode one reading; also count the fields that are not known here.
 
     Raises: RecursionError where the payload is nested too deep.
@@ -191,8 +190,7 @@ def decode_reading(
 def _examine(raw: bytes, limits: TimeLimits) -> tuple[Reading | Rejection, int]:
     """Decode slowly and say what is wrong; a reading with further fields ends here too."""
     if _has_not_finite(raw):
-        name = _name_of_not_finite(raw)
-        return Rejection("not_finite", name, "NaN and Infinity are not numbers of JSON"), 0
+        return _examine_not_finite(raw), 0
     try:
         fields = _object_decoder.decode(raw)
     except UnicodeDecodeError as error:
@@ -268,9 +266,7 @@ def _examine_timestamp(raw: msgspec.Raw) -> _Fault:
     try:
         _naive_decoder.decode(raw)
     except msgspec.DecodeError:
-        return _Fault(
-            "bad_timestamp", "not an RFC 3339 instant, such as 2026-02-10T00:55:12Z"
-        )
+        return _Fault("bad_timestamp", "not an RFC 3339 instant, such as 2026-02-10T00:55:12Z")
     return _Fault("no_offset", "the timestamp has no UTC offset: end it with Z or +01:00")
 
 
@@ -301,28 +297,42 @@ def _has_not_finite(raw: bytes) -> bool:
     return any(not match[0].startswith(b'"') for match in _STRING_OR_NOT_FINITE.finditer(raw))
 
 
-def _name_of_not_finite(raw: bytes) -> str:
-    """The path of the field whose value it is, as far as that can be seen."""
-    match = re.search(rb'"(\w+)"\s*:\s*(?:-?Infinity|NaN)', raw)
-    return f"$.{match[1].decode()}" if match else "$"
-
-
-def _split_tolerantly(body: bytes, error: msgspec.DecodeError) -> list[bytes]:
-    """Split an array whose only fault is NaN or Infinity tokens into its items, as they came.
-
-    Each such token is replaced by an empty string of the same length, so that positions hold; the
-    items are then cut from the original.
-    """
-    if not _has_not_finite(body):
-        raise MalformedError(f"The body is not JSON: {error}", code="not_json") from None
+def _blank_not_finite(raw: bytes) -> bytes:
+    """The same with blanks in quotes in place of each NaN and Infinity, so that positions hold."""
 
     def blank(match: re.Match[bytes]) -> bytes:
         token = match[0]
-        return token if token.startswith(b'"') else b'""'.ljust(len(token))
+        return token if token.startswith(b'"') else b'"%s"' % (b" " * (len(token) - 2))
 
-    strict = _STRING_OR_NOT_FINITE.sub(blank, body)
+    return _STRING_OR_NOT_FINITE.sub(blank, raw)
+
+
+def _examine_not_finite(raw: bytes) -> Rejection:
+    """Whose it is and which field, as far as that can be seen."""
+    device_id: str | None = None
+    try:
+        fields = _object_decoder.decode(_blank_not_finite(raw))
+        for name in ("meterId", "vehicleId"):
+            if name in fields:
+                device_id = msgspec.json.decode(fields[name], type=DeviceId)
+    except (msgspec.ValidationError, UnicodeDecodeError):
+        pass
+    except msgspec.DecodeError as error:
+        return Rejection("not_json", "$", str(error))
+    match = re.search(rb'"(\w{1,64})"\s*:\s*(?:-?Infinity|NaN)', raw)
+    path = f"$.{match[1].decode()}" if match else "$"
+    return Rejection("not_finite", path, "NaN and Infinity are not numbers of JSON", device_id)
+
+
+def _split_tolerantly(body: bytes, error: msgspec.DecodeError) -> list[bytes]:
+    """Split an array whose only fault is NaN or Infinity tokens into its items, as they came."""
+    if not _has_not_finite(body):
+        raise MalformedError(f"The body is not JSON: {error}", code="not_json") from None
+    strict = _blank_not_finite(body)
     try:
         items = _array_decoder.decode(strict)
+    except RecursionError:
+        raise _nested_too_deep() from None
     except msgspec.DecodeError:
         raise MalformedError(f"The body is not JSON: {error}", code="not_json") from None
     payloads: list[bytes] = []

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -34,7 +35,7 @@ def open_engine(settings: Settings) -> Iterator[str]:
         engine.stop()
 
 
-def _create_database(connection: psycopg.Connection) -> None:  # type: ignore[type-arg]
+def _create_database(connection: psycopg.Connection[Any]) -> None:
     known = connection.execute("SELECT FROM pg_database WHERE datname = %s", (DATABASE_NAME,))
     if known.fetchone() is None:
         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE_NAME)))

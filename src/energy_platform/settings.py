@@ -6,7 +6,7 @@ value for another command does not stop it.
 
 import difflib
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -21,10 +21,14 @@ _SERVICE = "up serve"
 _SCHEMA = "up serve migrate doctor"
 
 
-def _meta(commands: str, description: str, *, name: str | None = None, **limits: Any) -> msgspec.Meta:
+def _meta(
+    commands: str, description: str, *, name: str | None = None, **limits: Any
+) -> msgspec.Meta:
     """`commands` read the setting; `name` is its option where the field's name is not."""
     return msgspec.Meta(
-        description=description, extra={"commands": frozenset(commands.split()), "name": name}, **limits
+        description=description,
+        extra={"commands": frozenset(commands.split()), "name": name},
+        **limits,
     )
 
 
@@ -34,7 +38,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Where the data is
     database_url: Annotated[
         str | None,
-        _meta(_DATABASE, "TimescaleDB server to use instead of the embedded engine (libpq string or URL)"),
+        _meta(
+            _DATABASE,
+            "TimescaleDB server to use instead of the embedded engine (libpq string or URL)",
+        ),
     ] = None
     read_url: Annotated[
         str | None, _meta(_SERVICE, "read replica for analytics; default: the database itself")
@@ -43,7 +50,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str, _meta("up migrate doctor jobs dsn import export keys", "folder of the embedded engine")
     ] = "energy-data"
     embedded_fsync: Annotated[
-        bool, _meta("up migrate jobs import export keys", "flush every commit of the embedded engine to disk")
+        bool,
+        _meta(
+            "up migrate jobs import export keys",
+            "flush every commit of the embedded engine to disk",
+        ),
     ] = True
     dsn_role: Annotated[
         Literal["owner", "ingest", "reader"], _meta("dsn", "role to connect as", name="role")
@@ -51,7 +62,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # The HTTP service
     host: Annotated[str, _meta(_SERVICE, "address to listen on")] = "127.0.0.1"
-    port: Annotated[int, _meta(_SERVICE, "port to listen on; 0 takes a free one", ge=0, le=65535)] = 8080
+    port: Annotated[
+        int, _meta(_SERVICE, "port to listen on; 0 takes a free one", ge=0, le=65535)
+    ] = 8080
     serve_role: Annotated[
         Literal["all", "ingest", "analytics"], _meta("serve", "route groups to serve", name="role")
     ] = "all"
@@ -71,9 +84,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     body_bytes_max: Annotated[
         int, _meta(_SERVICE, "size of a body after decompression, then 413", ge=1024)
     ] = 16 * 2**20
-    body_readings_max: Annotated[
-        int, _meta(_SERVICE, "readings in a body, then 413", ge=1)
-    ] = 50_000
+    body_readings_max: Annotated[int, _meta(_SERVICE, "readings in a body, then 413", ge=1)] = (
+        50_000
+    )
     bootstrap_key: Annotated[
         str | None,
         _meta("up serve migrate", "secret of the first API key, made where there is none yet"),
@@ -83,19 +96,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # What is kept, and for how long
     late_window: Annotated[
         timedelta,
-        _meta("up serve migrate doctor import", "how old a reading may be; older ones are too_late"),
+        _meta(
+            "up serve migrate doctor import", "how old a reading may be; older ones are too_late"
+        ),
     ] = timedelta(days=380)
-    chunk: Annotated[timedelta, _meta(_SCHEMA, "time span of a chunk, in whole hours")] = timedelta(days=1)
+    chunk: Annotated[timedelta, _meta(_SCHEMA, "time span of a chunk, in whole hours")] = timedelta(
+        days=1
+    )
     columnstore_after: Annotated[
         timedelta, _meta(_SCHEMA, "age at which chunks are compressed")
     ] = timedelta(days=3)
     refresh_start: Annotated[
         timedelta | None,
-        _meta(_SCHEMA, "how far back the hourly rollup is refreshed; default: late window + 10 days"),
+        _meta(
+            _SCHEMA, "how far back the hourly rollup is refreshed; default: late window + 10 days"
+        ),
     ] = None
-    refresh_end: Annotated[
-        timedelta, _meta(_SCHEMA, "age at which an hour is rolled up")
-    ] = timedelta(hours=1)
+    refresh_end: Annotated[timedelta, _meta(_SCHEMA, "age at which an hour is rolled up")] = (
+        timedelta(hours=1)
+    )
     refresh_every: Annotated[
         timedelta, _meta(_SCHEMA, "how often the hourly rollup is refreshed")
     ] = timedelta(minutes=15)
@@ -105,7 +124,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     hourly_retention: Annotated[
         timedelta | None,
-        _meta(_SCHEMA, "age at which hourly rollups are dropped; default: 3 years, or a year after raw"),
+        _meta(
+            _SCHEMA,
+            "age at which hourly rollups are dropped; default: 3 years, or a year after raw",
+        ),
     ] = None
     quarantine_retention: Annotated[
         timedelta, _meta(_SCHEMA, "how long quarantine is kept after it was last seen")
@@ -125,8 +147,32 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     faults: Annotated[bool, _meta("simulate", "also send what goes wrong in the field")] = False
     seed: Annotated[int, _meta("simulate", "of the random numbers")] = 1
-    batch: Annotated[int, _meta("simulate", "readings in a body", ge=1, le=10_000)] = 1_000
+    batch: Annotated[int, _meta("simulate", "readings in a body", ge=1, le=9_000)] = 1_000
     watch: Annotated[bool, _meta("simulate", "show the worst vehicles again every minute")] = False
+
+    # Files in and out
+    meter: Annotated[
+        str | None,
+        _meta("import export", "whose history it is; import: also the meter that fed --vehicle"),
+    ] = None
+    vehicle: Annotated[
+        str | None,
+        _meta("import export", "whose history it is; import: also the vehicle that --meter fed"),
+    ] = None
+    time_zone: Annotated[
+        str | None, _meta("import", "IANA zone of a file in local time, such as Europe/Paris")
+    ] = None
+    since: Annotated[
+        datetime | None,
+        _meta("import export", "first instant of the assignment, or of what is exported"),
+    ] = None
+    until: Annotated[
+        datetime | None,
+        _meta("import export", "end of the assignment, or of what is exported; default: open"),
+    ] = None
+    progress: Annotated[
+        bool, _meta("import export", "show progress even where stderr is no terminal")
+    ] = False
 
     # The tests
     test_database_url: Annotated[
@@ -165,7 +211,7 @@ class Retention(NamedTuple):
 
 
 def check_retention(settings: Settings) -> list[str]:
-    """What is unsafe in the settings of retention, each with its reason; empty where all is well."""
+    """What is unsafe in how long things are kept, each with its reason; empty if nothing is."""
     retention = settings.retention
     hour = timedelta(hours=1)
     wrong = []
@@ -184,7 +230,9 @@ def check_retention(settings: Settings) -> list[str]:
             "dropped chunks erases their rollup"
         )
     if retention.hourly_retention <= retention.raw_retention:
-        wrong.append("hourly_retention must be over raw_retention, or nothing is left of what is dropped")
+        wrong.append(
+            "hourly_retention must be over raw_retention, or nothing is left of what is dropped"
+        )
     return wrong
 
 
@@ -214,12 +262,11 @@ def _list_options() -> tuple[Option, ...]:
         assert get_origin(hints[field.name]) is Annotated
         kind, *metas = get_args(hints[field.name])
         meta = next(meta for meta in metas if meta.extra is not None)
-        limits = msgspec.Meta(ge=meta.ge, le=meta.le, gt=meta.gt)
         options.append(
             Option(
                 field.name,
                 meta.extra["name"] or field.name,
-                Annotated[kind, limits] if kind in (int, float) else kind,
+                Annotated[kind, meta] if kind in (int, float) else kind,
                 field.default,
                 meta.description,
                 meta.extra["commands"],
@@ -257,6 +304,9 @@ def load_settings(
         try:
             values[option.field] = msgspec.convert(value, option.type, strict=False)
         except msgspec.ValidationError as error:
-            hint = "a duration is ISO 8601: PT15M, PT24H, P400D" if "duration" in str(error) else None
-            raise SetupError(f"{source}={value!r} is not possible: {error}.", hint=hint) from None
+            example = "a duration is ISO 8601: PT15M, PT24H, P400D"
+            raise SetupError(
+                f"{source}={value!r} is not possible: {error}.",
+                hint=example if "duration" in str(error) else None,
+            ) from None
     return Settings(**values)

@@ -1,7 +1,7 @@
 """Scopes at the HTTP border, and who may talk to a service that runs open."""
 
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,7 +33,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def is_local_request(headers: list[tuple[bytes, bytes]]) -> bool:
+def is_local_request(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Whether Host and Origin name this machine.
 
     A page of another site that a browser on this machine shows cannot pass for a local client, not
@@ -41,11 +41,15 @@ def is_local_request(headers: list[tuple[bytes, bytes]]) -> bool:
     """
     for name, value in headers:
         if name == b"host":
-            host = urlsplit(f"//{value.decode('latin-1')}").hostname
+            address = f"//{value.decode('latin-1')}"
         elif name == b"origin":
-            host = urlsplit(value.decode("latin-1")).hostname
+            address = value.decode("latin-1")
         else:
             continue
+        try:
+            host = urlsplit(address).hostname
+        except ValueError:
+            return False
         if host is None or not is_loopback(host):
             return False
     return True

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +14,8 @@ from urllib.parse import unquote
 import psycopg
 from litestar import Litestar, Response, Router, asgi, get
 from litestar.datastructures import State
-from litestar.di import Provide
+from litestar.di import NamedDependency, Provide
+from litestar.enums import ScopeType
 from litestar.response import Redirect
 from litestar.types import ASGIApp, ControllerRouterHandler, Message, Receive, Scope, Send
 
@@ -34,6 +36,8 @@ _log = logging.getLogger("energy_platform.http")
 
 JOB_PAUSE_SECONDS: Final = 30.0
 INGEST_PATH: Final = "/v1/ingest"
+
+_SLASH_OR_PERCENT: Final = re.compile("(%2[Ff]|%25)")
 
 
 def create_app(
@@ -65,7 +69,7 @@ def create_app(
         async with _open_service(settings, dsn, clock, runs_jobs) as service:
             state.service = app.state.service = service
             if service.keys.is_open:
-                _log.warning("no API key exists: open to everyone on this machine, and to nobody else")
+                _log.info("no API key exists: open to everyone on this machine, and to nobody else")
             yield
 
     app = Litestar(
@@ -187,7 +191,7 @@ async def get_live() -> dict[str, str]:
 
 
 @get("/ready", summary="Database, schema version and jobs")
-async def get_ready(service: Service) -> Response[dict[str, Any]]:
+async def get_ready(service: NamedDependency[Service]) -> Response[dict[str, Any]]:
     try:
         checks = await schema.check_ready(service.read_pool)
     except StorageError as error:
@@ -221,7 +225,7 @@ class _Front:
         self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != ScopeType.HTTP:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
@@ -234,10 +238,12 @@ class _Front:
             await send(message)
 
         raw_path = scope.get("raw_path") or b""
-        if b"%2f" in raw_path.lower():
-            # An id may hold a slash. Left encoded, it stays one segment of the path.
-            parts = raw_path.decode("latin-1").replace("%2f", "%2F").split("%2F")
-            scope["path"] = "%2F".join(unquote(part) for part in parts)
+        if b"%2" in raw_path:
+            # An id may hold a slash or a percent sign. Left encoded, a slash stays inside its
+            # segment of the path, and decode_path_id() decodes each exactly once.
+            parts = _SLASH_OR_PERCENT.split(raw_path.decode("latin-1"))
+            parts[::2] = map(unquote, parts[::2])
+            scope["path"] = "".join(parts)
         try:
             if self._state.service.keys.is_open and not is_local_request(scope["headers"]):
                 await send_answer(send_and_note, answer_of_problem(_NOT_LOCAL))

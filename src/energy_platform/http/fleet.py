@@ -4,7 +4,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 from litestar import Request, Response, Router, delete, get, put
-from litestar.params import Parameter
+from litestar.di import NamedDependency
+from litestar.params import FromPath, QueryParameter
 
 from energy_platform import fleet
 from energy_platform.errors import MalformedError, UnprocessableError, UnsupportedMediaError
@@ -12,10 +13,13 @@ from energy_platform.http.access import require
 from energy_platform.http.parameters import (
     Cursor,
     Limit,
+    MeterId,
     Page,
+    VehicleId,
     decode_cursor,
     decode_id,
     decode_number_cursor,
+    decode_path_id,
     page_of,
 )
 from energy_platform.http.service import Service
@@ -47,11 +51,11 @@ def _made(content: T, made: bool) -> Response[T]:
     guards=[require("admin")],
 )
 async def put_meter(
-    service: Service, request: Request[Any, Any, Any], meter_id: str
+    service: NamedDependency[Service], request: Request[Any, Any, Any], meter_id: MeterId
 ) -> Response[fleet.Meter]:
     declaration = await decode_body(request, fleet.Declaration)
-    device_id = decode_id("meterId", meter_id)
-    return _made(*await fleet.put_device(service.write_pool, "meter", device_id, declaration))
+    device_id = decode_path_id("meterId", meter_id)
+    return _made(*await fleet.put_device(service.write_pool, fleet.Meter, device_id, declaration))
 
 
 @put(
@@ -60,41 +64,42 @@ async def put_meter(
     guards=[require("admin")],
 )
 async def put_vehicle(
-    service: Service, request: Request[Any, Any, Any], vehicle_id: str
+    service: NamedDependency[Service], request: Request[Any, Any, Any], vehicle_id: VehicleId
 ) -> Response[fleet.Vehicle]:
     declaration = await decode_body(request, fleet.Declaration)
-    device_id = decode_id("vehicleId", vehicle_id)
-    return _made(*await fleet.put_device(service.write_pool, "vehicle", device_id, declaration))
+    device_id = decode_path_id("vehicleId", vehicle_id)
+    return _made(*await fleet.put_device(service.write_pool, fleet.Vehicle, device_id, declaration))
 
 
 @get("/meters/{meter_id:str}", summary="A meter", guards=[require("read")])
-async def get_meter(service: Service, meter_id: str) -> fleet.Meter:
-    return await fleet.fetch_device(service.read_pool, "meter", decode_id("meterId", meter_id))
+async def get_meter(service: NamedDependency[Service], meter_id: MeterId) -> fleet.Meter:
+    device_id = decode_path_id("meterId", meter_id)
+    return await fleet.fetch_device(service.read_pool, fleet.Meter, device_id)
 
 
 @get("/vehicles/{vehicle_id:str}", summary="A vehicle", guards=[require("read")])
-async def get_vehicle(service: Service, vehicle_id: str) -> fleet.Vehicle:
+async def get_vehicle(service: NamedDependency[Service], vehicle_id: VehicleId) -> fleet.Vehicle:
     return await fleet.fetch_device(
-        service.read_pool, "vehicle", decode_id("vehicleId", vehicle_id)
+        service.read_pool, fleet.Vehicle, decode_path_id("vehicleId", vehicle_id)
     )
 
 
 @get("/meters", summary="All meters", guards=[require("read")])
 async def list_meters(
-    service: Service, limit: Limit = 100, cursor: Cursor = None
+    service: NamedDependency[Service], limit: Limit = 100, cursor: Cursor = None
 ) -> Page[fleet.Meter]:
     rows = await fleet.fetch_devices(
-        service.read_pool, "meter", decode_cursor(cursor), limit + 1
+        service.read_pool, fleet.Meter, decode_cursor(cursor), limit + 1
     )
     return page_of(rows, limit, "meter_id")
 
 
 @get("/vehicles", summary="All vehicles", guards=[require("read")])
 async def list_vehicles(
-    service: Service, limit: Limit = 100, cursor: Cursor = None
+    service: NamedDependency[Service], limit: Limit = 100, cursor: Cursor = None
 ) -> Page[fleet.Vehicle]:
     rows = await fleet.fetch_devices(
-        service.read_pool, "vehicle", decode_cursor(cursor), limit + 1
+        service.read_pool, fleet.Vehicle, decode_cursor(cursor), limit + 1
     )
     return page_of(rows, limit, "vehicle_id")
 
@@ -105,7 +110,7 @@ async def list_vehicles(
     guards=[require("admin")],
 )
 async def put_assignment(
-    service: Service, request: Request[Any, Any, Any]
+    service: NamedDependency[Service], request: Request[Any, Any, Any]
 ) -> Response[fleet.Assignment]:
     assignment = await decode_body(request, fleet.AssignmentRequest)
     return _made(*await fleet.put_assignment(service.write_pool, assignment))
@@ -113,9 +118,9 @@ async def put_assignment(
 
 @get("/assignments", summary="The ledger", guards=[require("read")])
 async def list_assignments(
-    service: Service,
-    vehicle_id: Annotated[str | None, Parameter(query="vehicleId")] = None,
-    meter_id: Annotated[str | None, Parameter(query="meterId")] = None,
+    service: NamedDependency[Service],
+    vehicle_id: Annotated[str | None, QueryParameter(name="vehicleId")] = None,
+    meter_id: Annotated[str | None, QueryParameter(name="meterId")] = None,
     limit: Limit = 100,
     cursor: Cursor = None,
 ) -> Page[fleet.Assignment]:
@@ -134,7 +139,9 @@ async def list_assignments(
     summary="Take an entry out of the ledger",
     guards=[require("admin")],
 )
-async def delete_assignment(service: Service, assignment_id: int) -> None:
+async def delete_assignment(
+    service: NamedDependency[Service], assignment_id: FromPath[int]
+) -> None:
     await fleet.delete_assignment(service.write_pool, assignment_id)
 
 

@@ -16,8 +16,8 @@ from litestar.types import Receive, Scope, Send
 from energy_platform.access import Key, KeyRing
 from energy_platform.errors import (
     MalformedError,
-    RequestError,
     Rejection,
+    RequestError,
     TooLargeError,
     UnsupportedMediaError,
 )
@@ -36,7 +36,9 @@ from energy_platform.readings import (
 )
 
 ERRORS_MAX: Final = 100
-CHUNK_BYTES: Final = 65_536
+GZIP_MEMBERS_MAX: Final = 1_000
+GZIP_CHUNK_BYTES: Final = 65_536
+ZSTD_CHUNK_BYTES: Final = 1_024  # a byte of zstd may become 32 KiB
 
 _JSON: Final = b"application/json"
 _LINES: Final = b"application/x-ndjson"
@@ -171,7 +173,9 @@ class IngestEndpoint:
         by_sender: dict[str | None, list[tuple[int, bytes, Reading]]] = {}
         for i, entry in enumerate(entries):
             if not entry.is_whole:
-                verdicts[i] = Verdict("rejected", "truncated", "$", "only its first 64 KiB are kept")
+                verdicts[i] = Verdict(
+                    "rejected", "truncated", "$", "only its first 64 KiB are kept"
+                )
                 continue
             try:
                 key = self._keys().sender(entry.key_id)
@@ -214,7 +218,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: in
     chunks: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
+        message: Any = await receive()
         if message["type"] == "http.disconnect":
             raise MalformedError("The client went away before the body was complete.")
         chunk = message.get("body", b"")
@@ -233,35 +237,57 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: in
 
 
 def _gunzip(body: bytes, bytes_max: int) -> bytes:
+    """Piece by piece, because what follows a member is copied when the member ends."""
     plain = bytearray()
-    rest = body
+    member = None
+    members = 0
     try:
-        while rest:  # a gzip file may have several members
-            member = zlib.decompressobj(wbits=31)
-            plain += member.decompress(rest, bytes_max + 1 - len(plain))
-            if len(plain) > bytes_max:
-                raise _too_large(bytes_max)
-            if not member.eof:
-                raise MalformedError("The gzip body is cut short.", code="bad_encoding")
-            rest = member.unused_data
+        for start in range(0, len(body), GZIP_CHUNK_BYTES):
+            rest: bytes = body[start : start + GZIP_CHUNK_BYTES]
+            while rest:  # a gzip file may have several members
+                if member is None:
+                    member = zlib.decompressobj(wbits=31)
+                    members += 1
+                    if members > GZIP_MEMBERS_MAX:
+                        raise _bad_encoding(f"has over {GZIP_MEMBERS_MAX} members")
+                plain += member.decompress(rest, bytes_max + 1 - len(plain))
+                if len(plain) > bytes_max:
+                    raise _too_large(bytes_max)
+                rest = member.unused_data
+                if member.eof:
+                    member = None
     except zlib.error as error:
-        raise MalformedError(f"The body is not gzip: {error}", code="bad_encoding") from None
+        raise _bad_encoding(f"is not gzip: {error}") from None
+    if member is not None:
+        raise _bad_encoding("is cut short")
     return bytes(plain)
 
 
 def _unzstd(body: bytes, bytes_max: int) -> bytes:
+    """Piece by piece, because the output of a piece cannot be bounded."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)
     plain = bytearray()
+    frame = None
     try:
-        with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(
-            body, read_across_frames=True
-        ) as reader:
-            while chunk := reader.read(CHUNK_BYTES):
-                plain += chunk
+        for start in range(0, len(body), ZSTD_CHUNK_BYTES):
+            rest: bytes = body[start : start + ZSTD_CHUNK_BYTES]
+            while rest:  # a zstd file may have several frames
+                frame = frame or decompressor.decompressobj()
+                plain += frame.decompress(rest)
                 if len(plain) > bytes_max:
                     raise _too_large(bytes_max)
+                rest = frame.unused_data
+                if frame.eof:
+                    frame = None
     except zstandard.ZstdError as error:
-        raise MalformedError(f"The body is not zstd: {error}", code="bad_encoding") from None
+        raise _bad_encoding(f"is not zstd: {error}") from None
+    if frame is not None:
+        raise _bad_encoding("is cut short")
     return bytes(plain)
+
+
+def _bad_encoding(fault: str) -> MalformedError:
+    return MalformedError(f"The compressed body {fault}.", code="bad_encoding")
 
 
 def _too_large(bytes_max: int) -> TooLargeError:
@@ -272,7 +298,7 @@ def _too_large(bytes_max: int) -> TooLargeError:
 
 
 def _forbid_devices(batch: Batch, key: Key | None) -> set[int]:
-    """Reject the readings of devices that the key is not for; their positions. They are not kept."""
+    """Reject readings of devices that the key is not for; their positions. They are not kept."""
     if key is None or (key.device_ids is None and key.device_prefix is None):
         return set()
     forbidden = set()

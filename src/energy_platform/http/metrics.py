@@ -19,7 +19,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         readings = Counter(
-            "energy_readings", "Readings by what became of them", ["outcome"], registry=self.registry
+            "energy_readings",
+            "Readings by what became of them",
+            ["outcome"],
+            registry=self.registry,
         )
         self.readings = {outcome: readings.labels(outcome) for outcome in OUTCOMES}
         self.unknown_fields = Counter(

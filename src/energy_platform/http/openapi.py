@@ -1,5 +1,6 @@
 """The OpenAPI 3.1 document and its page, both served from the package alone."""
 
+import re
 from importlib.resources import files
 from typing import Any, Final
 
@@ -44,8 +45,8 @@ _INGEST: Final = {
     "operationId": "PostIngest",
     "summary": "Send one reading or many",
     "description": (
-        "One reading as a JSON object, many as a JSON array or as NDJSON (one a line), plain, gzip or "
-        "zstd. The answer comes after the commit. Sending the same again is always safe."
+        "One reading as a JSON object, many as a JSON array or as NDJSON (one a line), plain, gzip "
+        "or zstd. The answer comes after the commit. Sending the same again is always safe."
     ),
     "parameters": [
         {
@@ -57,7 +58,7 @@ _INGEST: Final = {
 }
 
 
-def complete_document(document: dict[str, Any]) -> dict[str, Any]:
+def complete_document(document: dict[str, Any], *, has_ingest: bool) -> dict[str, Any]:
     """Add to Litestar's document what it cannot see: raw bodies, the ingest route, problems."""
     (reading_schemas, components) = msgspec.json.schema_components(
         [MeterReading, VehicleReading, Account, *_BODIES.values()], ref_template=_REFERENCE
@@ -67,7 +68,8 @@ def complete_document(document: dict[str, Any]) -> dict[str, Any]:
     schemas.update(components)
     schemas["Problem"] = _PROBLEM
     for (path, method), schema in zip(_BODIES, bodies, strict=True):
-        document["paths"][path][method]["requestBody"] = _json_body(schema)
+        if path in document["paths"]:  # a role serves some of them only
+            document["paths"][path][method]["requestBody"] = _json_body(schema)
     one = {"oneOf": [meter, vehicle]}
     operation = {
         **_INGEST,
@@ -86,14 +88,27 @@ def complete_document(document: dict[str, Any]) -> dict[str, Any]:
     }
     for status in ("400", "401", "403", "409", "413", "415", "422", "503"):
         operation["responses"][status] = _PROBLEM_RESPONSE  # type: ignore[index]
-    document["paths"]["/v1/ingest"] = {"post": operation}
+    if has_ingest:
+        document["paths"]["/v1/ingest"] = {"post": operation}
     for methods in document["paths"].values():
         for described in methods.values():
             # Litestar describes a 400 of its own shape; ours is the same for every error.
             described["responses"].pop("400", None)
             described["responses"]["default"] = _PROBLEM_RESPONSE
-    document["paths"] = dict(sorted(document["paths"].items()))
+            for parameter in described.get("parameters", ()):
+                if parameter["in"] == "path":
+                    parameter["name"] = _camel(parameter["name"])
+    document["paths"] = {
+        re.sub(r"{(\w+)}", lambda match: f"{{{_camel(match[1])}}}", path): document["paths"][path]
+        for path in sorted(document["paths"])
+    }
     return document
+
+
+def _camel(name: str) -> str:
+    """A snake_case name as the contract writes it."""
+    first, *others = name.split("_")
+    return first + "".join(word.capitalize() for word in others)
 
 
 _PROBLEM_RESPONSE: Final = {
@@ -116,7 +131,8 @@ class _CompleteJson(JsonRenderPlugin):
     """/schema/openapi.json"""
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
-        return msgspec.json.encode(complete_document(openapi_schema))
+        has_ingest = any(route.path == "/v1/ingest" for route in request.app.routes)
+        return msgspec.json.encode(complete_document(openapi_schema, has_ingest=has_ingest))
 
 
 class _Page(OpenAPIRenderPlugin):
@@ -136,7 +152,9 @@ OPENAPI_CONFIG: Final = OpenAPIConfig(
     path="/schema",
     render_plugins=[_Page(), _CompleteJson()],
     components=Components(
-        security_schemes={"key": SecurityScheme(type="http", scheme="bearer", description="API key")}
+        security_schemes={
+            "key": SecurityScheme(type="http", scheme="bearer", description="API key")
+        }
     ),
     security=[{"key": []}],
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Generic, TypeVar
 from urllib.parse import unquote
 
 import msgspec
-from litestar.params import Parameter
+from litestar.params import PathParameter, QueryParameter
 
 from energy_platform.errors import MalformedError
 from energy_platform.readings import DEVICE_ID_PATTERN, Instant
@@ -18,12 +18,16 @@ T = TypeVar("T")
 HOURS_MAX: Final = 744
 PAGE_MAX: Final = 1_000
 
-Hours = Annotated[int, Parameter(ge=1, le=HOURS_MAX, description="length of the window in hours")]
-Until = Annotated[
-    str | None, Parameter(description="end of the window, an RFC 3339 instant; default: now")
+VehicleId = Annotated[str, PathParameter(description="id of the vehicle")]
+MeterId = Annotated[str, PathParameter(description="id of the meter")]
+Hours = Annotated[
+    int, QueryParameter(ge=1, le=HOURS_MAX, description="length of the window in hours")
 ]
-Limit = Annotated[int, Parameter(ge=1, le=PAGE_MAX, description="rows in a page")]
-Cursor = Annotated[str | None, Parameter(description="nextCursor of the page before")]
+Until = Annotated[
+    str | None, QueryParameter(description="end of the window, an RFC 3339 instant; default: now")
+]
+Limit = Annotated[int, QueryParameter(ge=1, le=PAGE_MAX, description="rows in a page")]
+Cursor = Annotated[str | None, QueryParameter(description="nextCursor of the page before")]
 
 _instant_decoder = msgspec.json.Decoder(Instant)
 
@@ -79,7 +83,9 @@ def decode_window(until: str | None, hours: int, now: datetime) -> tuple[datetim
         try:
             end = _instant_decoder.decode(msgspec.json.encode(text)).astimezone(UTC)
         except (msgspec.DecodeError, OverflowError):
-            raise _bad("until", "an RFC 3339 instant with an offset, as 2026-02-10T00:00:00Z") from None
+            raise _bad(
+                "until", "an RFC 3339 instant with an offset, as 2026-02-10T00:00:00Z"
+            ) from None
     try:
         return end - timedelta(hours=hours), end
     except OverflowError:
@@ -87,11 +93,15 @@ def decode_window(until: str | None, hours: int, now: datetime) -> tuple[datetim
 
 
 def decode_id(name: str, value: str) -> str:
-    """A device id from a path or query. Raises: MalformedError."""
-    device_id = unquote(value)
-    if not re.match(DEVICE_ID_PATTERN, device_id):
+    """A device id. Raises: MalformedError."""
+    if not re.match(DEVICE_ID_PATTERN, value):
         raise _bad(name, "1 to 64 printable ASCII characters without a space")
-    return device_id
+    return value
+
+
+def decode_path_id(name: str, value: str) -> str:
+    """A device id from a path, with slash and percent still encoded. Raises: MalformedError."""
+    return decode_id(name, unquote(value))
 
 
 def _bad(name: str, expected: str) -> MalformedError:

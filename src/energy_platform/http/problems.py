@@ -1,4 +1,4 @@
-"""Every error of the service is one shape: RFC 9457 `application/problem+json` with a stable `code`."""
+"""Every error is one shape: RFC 9457 `application/problem+json` with a stable `code`."""
 
 import logging
 from http import HTTPStatus
@@ -8,13 +8,16 @@ import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
-from energy_platform.errors import EnergyError, RequestError, StorageError
+from energy_platform.errors import EnergyError, RequestError, StorageError, TooLargeError
 
 _log = logging.getLogger("energy_platform.http")
 
 MEDIA_TYPE = "application/problem+json"
 
 AnyRequest = Request[Any, Any, Any]
+
+# The name that HTTPStatus has for it depends on Python's version.
+_CODES = {413: TooLargeError.code}
 
 
 class Problem(msgspec.Struct):
@@ -51,7 +54,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, ValidationException):
         return _invalid_parameters(error)
     if isinstance(error, HTTPException):
-        code = HTTPStatus(error.status_code).name.lower()
+        code = _CODES.get(error.status_code) or HTTPStatus(error.status_code).name.lower()
         return Problem(error.status_code, code, error.detail, {}, dict(error.headers or {}))
     code = error.code if isinstance(error, EnergyError) else "internal"
     return Problem(500, code, "Something went wrong here; the log has the details.")

@@ -1,0 +1,165 @@
+"""Do two that do the same at the same moment leave what one of them alone would have left?"""
+
+import asyncio
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from threading import Barrier
+from typing import Any
+
+import httpx
+import msgspec
+import psycopg
+import pytest
+
+from conftest import NOON, Clock, StartService
+from energy_platform.ingest import Outcome, Writer
+from energy_platform.readings import Batch, MeterReading, Reading, VehicleReading
+
+Db = psycopg.Connection[Any]
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(
+        not os.environ.get("ENERGY_TEST_DATABASE_URL"),
+        reason="ENERGY_TEST_DATABASE_URL is unset: what sessions do to each other is not proved",
+    ),
+]
+
+DEVICES = 150
+HOURS = (0, 3, 50)  # on time, late, late by days
+
+
+def readings_of(writer_number: int, *, agree: bool) -> list[Reading]:
+    """The same keys for each writer, in an order of its own; values the same, or its own."""
+    kwh = 1.0 if agree else float(writer_number)
+    readings: list[Reading] = []
+    for number in range(DEVICES):
+        for hours in HOURS:
+            ts = NOON - timedelta(hours=hours)
+            readings.append(MeterReading(f"M-{number}", kwh, 230, ts))
+            readings.append(VehicleReading(f"V-{number}", 50, kwh, 20, ts))
+    return readings[::-1] if writer_number % 2 else readings
+
+
+@pytest.mark.parametrize("agree", [True, False], ids=["same values", "other values"])
+@pytest.mark.parametrize("size", [37, 10_000], ids=["small bodies", "one body"])
+def test_writers_with_the_same_keys_store_each_exactly_once(
+    dsn: str, db: Db, clock: Clock, agree: bool, size: int
+) -> None:
+    writers = 3
+    barrier = Barrier(writers)
+
+    def write(number: int) -> tuple[list[Reading], list[Outcome]]:
+        """In a thread and a loop of its own, as a service process of its own would."""
+        readings = readings_of(number, agree=agree)
+
+        async def inside() -> list[Outcome]:
+            async with Writer(dsn, clock=clock, refresh_end=timedelta(hours=1)) as writer:
+                bodies = [readings[i : i + size] for i in range(0, len(readings), size)]
+                batches = [Batch([msgspec.json.encode(r) for r in b], [*b]) for b in bodies]
+                barrier.wait(30)
+                outcomes = await asyncio.gather(*(writer.record(batch, 1) for batch in batches))
+            return [outcome for body in outcomes for outcome in body]
+
+        return readings, asyncio.run(inside())
+
+    with ThreadPoolExecutor(writers) as pool:
+        results = list(pool.map(write, range(writers)))
+    keys = 2 * DEVICES * len(HOURS)
+    counts = Counter(outcome for _, outcomes in results for outcome in outcomes)
+    again = "duplicate" if agree else "conflicting"
+    assert counts == {"stored": keys, again: (writers - 1) * keys}
+    winners = [
+        (reading.device_id, reading.ts, reading.values)
+        for readings, outcomes in results
+        for reading, outcome in zip(readings, outcomes, strict=True)
+        if outcome == "stored"
+    ]
+    history = [
+        (device_id, ts, tuple(values))
+        for query in (
+            "SELECT meter_id, ts, kwh_consumed_ac, voltage FROM meter_telemetry_history",
+            "SELECT vehicle_id, ts, soc, kwh_delivered_dc, battery_temp "
+            "FROM vehicle_telemetry_history",
+        )
+        for device_id, ts, *values in db.execute(query)
+    ]
+    assert sorted(winners) == sorted(history)
+    for kind in ("meter", "vehicle"):
+        live = db.execute(f"SELECT count(*), min(ts), max(ts) FROM {kind}_live_status").fetchone()
+        assert live == (DEVICES, NOON, NOON)
+        assert db.execute(f"SELECT count(*) FROM {kind}").fetchone() == (DEVICES,)
+    kept = db.execute("SELECT coalesce(sum(count), 0)::int FROM quarantine").fetchone()
+    assert kept == (counts["conflicting"],)
+
+
+def race(api: httpx.Client, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
+    """PUT assignments at the same moment, each on a connection of its own."""
+    barrier = Barrier(len(bodies))
+
+    def put(body: dict[str, Any]) -> httpx.Response:
+        with httpx.Client(base_url=api.base_url, timeout=60) as client:
+            client.get("/health/live")  # so that the connection is open
+            barrier.wait(30)
+            return client.put("/v1/assignments", json=body)
+
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(put, bodies))
+
+
+def assignment(meter: str, vehicle: str, **fields: Any) -> dict[str, Any]:
+    return {"meterId": meter, "vehicleId": vehicle, "since": "2026-02-10T00:00:00Z", **fields}
+
+
+@pytest.mark.parametrize("turn", range(5))
+def test_assignments_that_overlap_never_both_are_made(api: httpx.Client, db: Db, turn: int) -> None:
+    """Each contradicts others by meter, by vehicle or by both, of devices that are known."""
+    pairs = [(f"M-{i % 2}", f"V-{i // 2 % 2}") for i in range(8)]
+    for meter, vehicle in pairs:
+        api.put(f"/v1/meters/{meter}", json={})
+        api.put(f"/v1/vehicles/{vehicle}", json={})
+    answers = race(
+        api,
+        [
+            assignment(meter, vehicle, since=f"2026-02-10T0{i}:00:00Z")
+            for i, (meter, vehicle) in enumerate(pairs)
+        ],
+    )
+    # One pair, or both pairs that share nothing.
+    made = [answer.json() for answer in answers if answer.status_code == 201]
+    assert len(made) == len({m["meterId"] for m in made}) == len({m["vehicleId"] for m in made})
+    assert made
+    assert {answer.status_code for answer in answers} == {201, 409}
+    assert len(db.execute("SELECT FROM charging_assignment").fetchall()) == len(made)
+
+
+def test_the_same_assignment_by_many_is_made_once(api: httpx.Client, db: Db) -> None:
+    answers = race(api, [assignment("M-1", "V-1")] * 6)
+    assert Counter(answer.status_code for answer in answers) == {201: 1, 200: 5}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+
+
+def test_assignments_that_do_not_touch_are_all_made(api: httpx.Client) -> None:
+    answers = race(api, [assignment(f"M-{i}", f"V-{i}") for i in range(6)])
+    assert [answer.status_code for answer in answers] == [201] * 6
+
+
+def test_services_that_hear_a_device_first_at_once_register_it_once(
+    start_service: StartService, db: Db
+) -> None:
+    services = [start_service() for _ in range(3)]
+    barrier = Barrier(len(services))
+    body = msgspec.to_builtins(readings_of(0, agree=True))
+
+    def post(api: httpx.Client) -> httpx.Response:
+        barrier.wait(30)
+        return api.post("/v1/ingest", json=body)
+
+    with ThreadPoolExecutor(len(services)) as pool:
+        answers = list(pool.map(post, services))
+    assert {answer.status_code for answer in answers} == {200}
+    assert sum(answer.json()["stored"] for answer in answers) == len(body)
+    assert sum(answer.json()["duplicate"] for answer in answers) == 2 * len(body)
+    assert db.execute("SELECT count(*) FROM meter").fetchone() == (DEVICES,)

@@ -5,10 +5,11 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -34,6 +35,8 @@ FOUND_WRONG: Final = 1
 WRONG_USE: Final = 2
 NOT_REACHABLE: Final = 3
 
+DEMO_END_SECONDS_MAX: Final = 15.0
+
 
 class Command(NamedTuple):
     """A command: what it does, its positional arguments, and the function that runs it."""
@@ -50,28 +53,31 @@ class Command(NamedTuple):
 def run_up(settings: Settings, _arguments: argparse.Namespace) -> int:
     """Database, schema, service and jobs in one process, until SIGINT or SIGTERM."""
     started = time.monotonic()
+    listener = _listen(settings)
     if settings.database_url:
         logs.set_up_logs()
         opened: Any = contextlib.nullcontext(settings.database_url)
     else:
         folder = Path(settings.data_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         logs.set_up_logs(folder / "service.log")
         _say(f"Starting TimescaleDB in {folder.resolve()} ...")
         opened = runtime.open_engine(settings)
-    with _stop_by_signal(), opened as dsn:
+    with listener, _stop_by_signal(), opened as dsn:
         applied = schema.migrate(dsn, settings)
         if applied:
             _say(f"Schema is new: {len(applied)} migrations applied.")
         has_key = _prepare_keys(dsn, settings)
         app = create_app(settings, dsn, runs_jobs=not settings.database_url)
-        server = _Server(
-            _uvicorn_config(app, settings),
-            lambda address: _greet(
-                settings, address, time.monotonic() - started, is_open=not has_key
-            ),
-        )
-        server.run()
+        demo = _Demo() if settings.demo else None
+
+        def greet(address: str) -> None:
+            _greet(settings, address, time.monotonic() - started, is_open=not has_key)
+            if demo:
+                demo.start(address)
+
+        server = _Server(_uvicorn_config(app, settings), greet, demo.stop if demo else None)
+        server.run(sockets=[listener])
     return DONE if server.started else WRONG_USE
 
 
@@ -92,8 +98,9 @@ def run_serve(settings: Settings, _arguments: argparse.Namespace) -> int:
     _prepare_keys(settings.database_url, settings)
     if settings.workers == 1:
         app = create_app(settings, settings.database_url)
-        _Server(_uvicorn_config(app, settings), lambda _: None).run()
-        return DONE
+        server = _Server(_uvicorn_config(app, settings))
+        server.run(sockets=[_listen(settings)])
+        return DONE if server.started else WRONG_USE
     # Worker processes read their settings from the environment, so what was given as options must
     # be there as well.
     for option in OPTIONS:
@@ -103,7 +110,7 @@ def run_serve(settings: Settings, _arguments: argparse.Namespace) -> int:
     config = _uvicorn_config("energy_platform.cli:create_worker_app", settings)
     config.factory = True
     config.workers = settings.workers
-    Multiprocess(config, [config.bind_socket()]).run()
+    Multiprocess(config, [_listen(settings)]).run()
     return DONE
 
 
@@ -138,18 +145,64 @@ def _uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
     )
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn that says when it is ready, and where."""
+def _listen(settings: Settings) -> socket.socket:
+    """The service's socket, taken before anything else is started. Raises: SetupError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise SetupError(
+            f"The service cannot listen on {settings.host} port {settings.port}: {error.strerror}.",
+            hint="choose another by --port",
+        ) from error
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[str], None]) -> None:
+
+class _Server(uvicorn.Server):
+    """Uvicorn that says when and where it is ready, and has something end before it does."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        ready: Callable[[str], None] = lambda _: None,
+        before_end: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         super().__init__(config)
         self._ready = ready
+        self._before_end = before_end
 
-    async def startup(self, sockets: Any = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
             self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._before_end:
+            await self._before_end()
+        await super().shutdown(sockets)
+
+
+class _Demo:
+    """A simulated fleet, in a process of its own so that it does not take the service's turns."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, address: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "energy_platform", "simulate", "--url", address, "--watch"],
+            start_new_session=True,  # Ctrl-C is for us; the fleet ends by stop()
+        )
+
+    async def stop(self) -> None:
+        """Let it ask for its account while the service still answers."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            await asyncio.to_thread(self._process.wait, DEMO_END_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
 
 @contextlib.contextmanager
@@ -205,16 +258,6 @@ Ready after {seconds:.1f} s: {address}  (Ctrl-C stops it)
             "There is no API key yet: this is open to everyone on this machine, and to nobody else "
             f"({program} keys create).\n"
         )
-    if settings.demo:
-        _start_demo(address)
-
-
-def _start_demo(address: str) -> None:
-    # A process of its own: the fleet must not take the service's turns. It gets our Ctrl-C as well.
-    subprocess.Popen(
-        [sys.executable, "-m", "energy_platform", "simulate", "--url", address, "--watch"],
-        env={k: v for k, v in os.environ.items() if not k.startswith("ENERGY_")},
-    )
 
 
 def _say(text: str) -> None:

@@ -7,6 +7,7 @@ a memory, so that it can also break the contract: forget, be away, take what it 
 import asyncio
 import io
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 
 from energy_platform.errors import Rejection, SetupError, UnreachableError
-from energy_platform.progress import Progress
 from energy_platform.readings import (
     Reading,
     TimeLimits,
@@ -31,6 +31,7 @@ from energy_platform.simulator.account import FaultRow
 from energy_platform.simulator.client import ATTEMPTS_MAX, Door, decode_answer
 from energy_platform.simulator.faults import CUT_HALF, CUT_WHOLE, EXPECTED, PLAIN, VISIT, Body
 from energy_platform.simulator.fleet import DAY, create_fleet, to_micros, to_text
+from energy_platform.simulator.run import open_bar
 
 START = datetime(2026, 3, 1, 10, 0, tzinfo=UTC)
 LATE_WINDOW = timedelta(days=380)
@@ -559,27 +560,35 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_stays_on_one_line_of_a_terminal() -> None:
-    seconds = [0.0]
-    out = Terminal()
-    with Progress("back-fill", 1000, out=out, clock=lambda: seconds[0]) as progress:
-        progress.advance(100)
-        assert out.getvalue() == ""
-        seconds[0] = 2.0
-        progress.advance(400)
-    shown = out.getvalue()
-    assert "[############------------]  50%  500 of 1,000 readings  250/s  0:00:02 left" in shown
-    assert shown.count("\n") == 1
+def test_progress_stays_on_one_line_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with open_bar("back-fill", 1000, "readings") as bar:
+        bar.update(100)
+        bar.update(400)
+    assert "back-fill:  50%" in terminal.getvalue()
+    assert "500/1000 [" in terminal.getvalue()
+    assert terminal.getvalue().count("\n") == 1
 
 
-def test_progress_is_a_line_every_ten_seconds_elsewhere() -> None:
-    seconds = [0.0]
-    out = io.StringIO()
-    progress = Progress("live", None, out=out, unit="rows", clock=lambda: seconds[0])
-    for _ in range(25):
-        seconds[0] += 1.0
-        progress.advance(10)
-    progress.clear()
-    assert out.getvalue() == "live  100 rows  10/s\nlive  200 rows  10/s\n"
-    progress.close()
-    assert out.getvalue().splitlines()[-1] == "live  250 rows  10/s"
+def test_progress_is_lines_of_standard_error_elsewhere(
+    service: Service, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    account, text = run(service, clock, backfill=timedelta(hours=1), duration=timedelta(minutes=1))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "back-fill:" not in text
+    last: dict[str, tuple[int, str]] = {}
+    for line in filter(None, err.splitlines()):
+        found = re.fullmatch(r"(\S+): (\d+)/(\d+|\?) (\w+) \[.*\]", line)
+        assert found, line
+        last[f"{found[1]} {found[4]}"] = int(found[2]), found[3]
+    assert list(last) == [
+        "declare devices",
+        "back-fill readings",
+        "live readings",
+        "check vehicles",
+    ]
+    assert last["check vehicles"] == (4, "4")
+    assert last["live readings"][1] == "?"
+    assert last["back-fill readings"][0] + last["live readings"][0] == account.sent

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import msgspec
+from tqdm import tqdm
 
 from energy_platform.errors import SetupError, UnreachableError
-from energy_platform.progress import Progress
 from energy_platform.simulator.account import Answer, AnswerError, Bookkeeper
 from energy_platform.simulator.faults import Body, Course
 from energy_platform.simulator.fleet import SimulationOptions
@@ -179,7 +179,7 @@ class Sender:
     """
 
     def __init__(self, door: Door, books: Bookkeeper, give_up: Callable[[], None]) -> None:
-        self.progress: Progress | None = None
+        self.bar: tqdm[Any] | None = None  # counts the readings that are answered
         self._door = door
         self._books = books
         self._give_up = give_up
@@ -226,5 +226,5 @@ class Sender:
                     self._books.record_failure(body, reason)
                 else:
                     self._books.record(body, answer)
-            if self.progress is not None:
-                self.progress.advance(sum(slot is not None for _, slot, _ in body.entries))
+            if self.bar is not None:
+                self.bar.update(sum(slot is not None for _, slot, _ in body.entries))

@@ -6,12 +6,12 @@ import random
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime, timedelta
-from typing import TextIO
+from typing import Any, TextIO
 
 import msgspec
+from tqdm import tqdm
 
 from energy_platform.errors import EnergyError, SetupError, UnreachableError
-from energy_platform.progress import Progress
 from energy_platform.simulator.account import (
     Bookkeeper,
     Performance,
@@ -57,6 +57,7 @@ QUESTIONS_AT_ONCE = 8
 WINDOW_HOURS_MAX = 744
 WORST_EVERY_SECONDS = 60.0
 WORST_SAMPLE = 500
+LOG_EVERY_SECONDS = 10.0
 
 
 async def simulate(
@@ -158,7 +159,7 @@ class _Run:
         return account
 
     def say(self, text: str) -> None:
-        self.out.write(text + "\n")
+        tqdm.write(text, file=self.out)  # above a bar that is on the same terminal
         self.out.flush()
 
     async def has_been_here(self) -> bool:
@@ -181,37 +182,35 @@ class _Run:
             response = await self.door.put(device.path + device.id, value)
             if response.status_code not in (200, 201):
                 raise SetupError(f"{device.id} was not declared: {problem_of(response)}")
-            progress.advance()
+            bar.update()
 
         async def assign_vehicle(vehicle: Vehicle) -> None:
             await self.assignments.assign_home(vehicle)
-            progress.advance()
+            bar.update()
 
         unusual = [d for d in self.fleet.devices if d.is_register or d.interval != 60 * SECOND]
         at_home = [vehicle for vehicle in self.fleet.vehicles if vehicle.meter is not None]
         total = len(unusual) + len(at_home)
-        with Progress("declare", total, out=sys.stderr, unit="devices") as progress:
+        with open_bar("declare", total, "devices") as bar:
             await for_each(unusual, PUTS_AT_ONCE, declare_device)
             await for_each(at_home, PUTS_AT_ONCE, assign_vehicle)
         self.say(f"{len(unusual):,} devices declared, {len(at_home):,} vehicles assigned")
 
     async def backfill(self) -> None:
-        progress = Progress("back-fill", self.backfill_readings, out=sys.stderr)
-        with progress:
-            self.sender.progress = progress
+        with open_bar("back-fill", self.backfill_readings, "readings") as bar:
+            self.sender.bar = bar
             await self.send_until(self.caught_up)
             await self.sender.drain()
             if not self.stopped.is_set():
                 # Gaps are never sent, and some bursts come later.
-                progress.total = progress.done
+                bar.total = bar.n
 
     async def live(self) -> None:
         """Sends each reading when it is due, gathered by the second, from the back-fill on."""
         begun = self.now()
         worst_shown = begun
-        progress = Progress("live", None, out=sys.stderr)
-        with progress:
-            self.sender.progress = progress
+        with open_bar("live", None, "readings") as bar:
+            self.sender.bar = bar
             while not self.stopped.is_set():
                 now = self.now()
                 if self.options.duration is not None and now - begun >= self.options.duration:
@@ -220,7 +219,6 @@ class _Run:
                 watched = self.options.watch or self.out.isatty()
                 if watched and (now - worst_shown).total_seconds() >= WORST_EVERY_SECONDS:
                     worst_shown = now
-                    progress.clear()
                     await self.show_worst()
                 await self.pause(1.0)
             await self.sender.drain()
@@ -248,10 +246,10 @@ class _Run:
                     ac += answer.ac_readings
             held[f"dc {vehicle.id}"] = dc
             held[f"ac {vehicle.id}"] = ac
-            progress.advance()
+            bar.update()
 
         vehicles = self.fleet.vehicles
-        with Progress("check", len(vehicles), out=sys.stderr, unit="vehicles") as progress:
+        with open_bar("check", len(vehicles), "vehicles") as bar:
             await for_each(vehicles, QUESTIONS_AT_ONCE, count)
         if books.acknowledged[UNASSIGNED]:
             held[UNASSIGNED] = await self.resend_unassigned()
@@ -324,6 +322,19 @@ class _Run:
             title += f" (a sample of {len(self.fleet.vehicles):,})"
         title += f", {hours} h up to {to_text(until)}"
         self.say(f"\n{title}\n{render_worst(rows)}\n")
+
+
+def open_bar(title: str, total: int | None, unit: str) -> "tqdm[Any]":
+    """A progress bar on standard error; where that is no terminal, a line every 10 s."""
+    if sys.stderr.isatty():
+        return tqdm(desc=title, total=total, unit=f" {unit}", dynamic_ncols=True)
+    return tqdm(
+        desc=title,
+        total=total,
+        unit=f" {unit}",
+        mininterval=LOG_EVERY_SECONDS,
+        bar_format="{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}, {rate_fmt}]\n",
+    )
 
 
 def windows(since: Micros, until: Micros) -> Iterator[tuple[Micros, int]]:

@@ -27,7 +27,7 @@ check: $(READY) ## lint, format and types
 
 # The environment is complete or absent: the stamp is written last, and a changed lock makes it anew.
 $(READY): requirements/main.txt requirements/node.txt pyproject.toml \
-		src/energy_platform/embedded/package-lock.json
+		src/energy_platform/embedded/package-lock.json src/energy_platform/embedded/node.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "energy-platform needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \

@@ -7,7 +7,8 @@ DECLARE
   aggregate record;
 BEGIN
   FOR aggregate IN
-    SELECT view_name, materialization_hypertable_schema AS schema, materialization_hypertable_name AS name
+    SELECT view_name, materialization_hypertable_schema AS schema,
+           materialization_hypertable_name AS name
     FROM timescaledb_information.continuous_aggregates
     WHERE view_schema = 'public'
       AND view_name IN ('meter_hourly', 'vehicle_hourly', 'meter_daily', 'vehicle_daily')
@@ -17,19 +18,24 @@ BEGIN
   END LOOP;
 END $$;
 
--- The ranges that TimescaleDB's own book-keeping holds to be not, or not correctly, rolled up.
--- Three tables together are a superset of what a refresh in flight still owes. Bounds are inclusive
--- and in microseconds. This is the only function that reads them.
+-- The ranges that TimescaleDB's own book-keeping holds to be not, or not correctly, rolled up:
+-- three logs, which together are a superset of what a refresh in flight still owes, and all from
+-- the watermark on. Bounds are inclusive. This is the only function that reads these tables; where the
+-- rollup is not known to them, everything is dirty.
 CREATE OR REPLACE FUNCTION rollup_dirty_ranges(rollup name, since timestamptz, until timestamptz)
 RETURNS TABLE (lowest timestamptz, highest timestamptz)
 LANGUAGE sql STABLE AS $$
   WITH aggregate AS (
-    SELECT mat_hypertable_id, raw_hypertable_id,
-           _timescaledb_functions.to_unix_microseconds(since) AS lo,
-           _timescaledb_functions.to_unix_microseconds(until) AS hi
-    FROM _timescaledb_catalog.continuous_agg
-    WHERE user_view_schema = 'public' AND user_view_name = rollup
+    SELECT a.mat_hypertable_id, a.raw_hypertable_id, b.lo, b.hi
+    FROM (VALUES (_timescaledb_functions.to_unix_microseconds(since),
+                  _timescaledb_functions.to_unix_microseconds(until))) AS b (lo, hi)
+    LEFT JOIN _timescaledb_catalog.continuous_agg a
+      ON a.user_view_schema = 'public' AND a.user_view_name = rollup
   ), dirty AS (
+    SELECT lo, hi, coalesce(watermark, lo) AS lowest, hi AS highest
+    FROM aggregate LEFT JOIN _timescaledb_catalog.continuous_aggs_watermark
+      USING (mat_hypertable_id)
+    UNION ALL
     SELECT lo, hi, lowest_modified_value, greatest_modified_value
     FROM aggregate
     JOIN _timescaledb_catalog.continuous_aggs_hypertable_invalidation_log
@@ -45,33 +51,64 @@ LANGUAGE sql STABLE AS $$
     JOIN _timescaledb_catalog.continuous_aggs_materialization_ranges
       ON materialization_id = mat_hypertable_id
   )
-  SELECT _timescaledb_functions.to_timestamp(greatest(lowest_modified_value, lo)),
-         _timescaledb_functions.to_timestamp(least(greatest_modified_value, hi))
+  SELECT _timescaledb_functions.to_timestamp(greatest(dirty.lowest, lo)),
+         _timescaledb_functions.to_timestamp(least(dirty.highest, hi))
   FROM dirty
-  WHERE lowest_modified_value <= hi AND greatest_modified_value >= lo
+  WHERE dirty.lowest <= hi AND dirty.highest >= lo
 $$;
 
--- The ranges that raw chunks exist for. A chunk's bounds are whole hours.
+-- The whole hours, in and around since .. until, that only raw rows can answer. Where a version of
+-- TimescaleDB keeps its books elsewhere, that is every hour: slower, never wrong.
+CREATE OR REPLACE FUNCTION rollup_dirty_hours(rollup name, since timestamptz, until timestamptz)
+RETURNS tstzmultirange
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  hour constant interval := INTERVAL '1 hour';
+  dirty tstzmultirange;
+BEGIN
+  SELECT coalesce(range_agg(tstzrange(date_bin(hour, d.lowest, 'epoch'),
+                                      date_bin(hour, d.highest, 'epoch') + hour)), '{}')
+  INTO dirty
+  FROM public.rollup_dirty_ranges(rollup, since, until) d;
+  RETURN dirty;
+EXCEPTION WHEN undefined_table OR undefined_column OR undefined_function THEN
+  RETURN tstzmultirange(tstzrange(NULL, NULL));
+END $$;
+
+-- The ranges that raw chunks exist for. A chunk's bounds are whole hours. The documented view says
+-- the same as the catalog, but takes milliseconds.
 CREATE OR REPLACE FUNCTION raw_chunk_ranges(hypertable name, since timestamptz, until timestamptz)
 RETURNS tstzmultirange
-LANGUAGE sql STABLE AS $$
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  lo constant bigint := _timescaledb_functions.to_unix_microseconds(since);
+  hi constant bigint := _timescaledb_functions.to_unix_microseconds(until);
+  chunks tstzmultirange;
+BEGIN
   SELECT coalesce(range_agg(tstzrange(
-           _timescaledb_functions.to_timestamp(greatest(
-             s.range_start, _timescaledb_functions.to_unix_microseconds(since))),
-           _timescaledb_functions.to_timestamp(least(
-             s.range_end, _timescaledb_functions.to_unix_microseconds(until))))), '{}')
+           _timescaledb_functions.to_timestamp(greatest(s.range_start, lo)),
+           _timescaledb_functions.to_timestamp(least(s.range_end, hi)))), '{}')
+  INTO chunks
   FROM _timescaledb_catalog.hypertable h
   JOIN _timescaledb_catalog.dimension d ON d.hypertable_id = h.id
   JOIN _timescaledb_catalog.dimension_slice s ON s.dimension_id = d.id
   WHERE h.schema_name = 'public' AND h.table_name = hypertable
-    AND s.range_start < _timescaledb_functions.to_unix_microseconds(until)
-    AND s.range_end > _timescaledb_functions.to_unix_microseconds(since)
-$$;
+    AND s.range_start < hi AND s.range_end > lo;
+  RETURN chunks;
+EXCEPTION WHEN undefined_table OR undefined_column OR undefined_function THEN
+  SELECT coalesce(range_agg(tstzrange(greatest(c.range_start, since),
+                                      least(c.range_end, until))), '{}')
+  INTO chunks
+  FROM timescaledb_information.chunks c
+  WHERE c.hypertable_schema = 'public' AND c.hypertable_name = hypertable
+    AND c.range_start < until AND c.range_end > since;
+  RETURN chunks;
+END $$;
 
--- rolled: the whole hours of the window to be read from the rollup. They end at or before its
---   watermark and no dirty range touches them, or no raw chunk is there any more.
--- dropped: where no raw chunk is, over the window widened to whole hours. The dirty log says nothing
---   there: dropping a chunk marks its range dirty, and no refresh ever clears that.
+-- rolled: the whole hours of the window to be read from the rollup: those that are not dirty, and
+--   those without a raw chunk.
+-- dropped: where no raw chunk is, over the window widened to whole hours. The dirty log says
+--   nothing there: dropping a chunk marks its range dirty, and no refresh may ever clear that.
 CREATE OR REPLACE FUNCTION rollup_coverage(
   rollup name, hypertable name, since timestamptz, until timestamptz,
   OUT rolled tstzmultirange, OUT dropped tstzmultirange)
@@ -84,8 +121,6 @@ DECLARE
   inner_lo timestamptz := CASE WHEN outer_lo = since THEN since ELSE outer_lo + hour END;
   inner_hi timestamptz := date_bin(hour, until, epoch);
   whole tstzmultirange;
-  dirty tstzmultirange;
-  watermark timestamptz;
 BEGIN
   dropped := tstzmultirange(tstzrange(outer_lo, outer_hi))
              - public.raw_chunk_ranges(hypertable, outer_lo, outer_hi);
@@ -94,13 +129,5 @@ BEGIN
     RETURN;
   END IF;
   whole := tstzmultirange(tstzrange(inner_lo, inner_hi));
-  SELECT _timescaledb_functions.to_timestamp(w.watermark) INTO watermark
-  FROM _timescaledb_catalog.continuous_agg a
-  JOIN _timescaledb_catalog.continuous_aggs_watermark w USING (mat_hypertable_id)
-  WHERE a.user_view_schema = 'public' AND a.user_view_name = rollup;
-  SELECT coalesce(range_agg(tstzrange(date_bin(hour, d.lowest, epoch),
-                                      date_bin(hour, d.highest, epoch) + hour)), '{}')
-  INTO dirty
-  FROM public.rollup_dirty_ranges(rollup, inner_lo, inner_hi) d;
-  rolled := whole * tstzmultirange(tstzrange(NULL, watermark)) - dirty + whole * dropped;
+  rolled := whole - public.rollup_dirty_hours(rollup, inner_lo, inner_hi) + whole * dropped;
 END $$;

@@ -1,31 +1,60 @@
 -- What one device measured between two instants: the building block of every answer.
 --
--- Simple statements with direct bounds, in PL/pgSQL, are what keeps an answer fast: each has one
--- cached plan whose chunks are excluded once, at start. One large statement locks and excludes every
--- chunk at run time.
+-- Simple statements with direct bounds, in PL/pgSQL, are what keeps an answer fast. What reads raw
+-- rows is planned for its own bounds each time, so that only the chunks it needs are opened: a
+-- cached plan locks every chunk there is. What reads the rollup, with its few chunks, keeps its
+-- plan.
 --
--- `device_class` is 'meter' or 'vehicle'.
+-- `device_class` is 'meter' or 'vehicle'. A register's readings are stepped through in a loop: a
+-- window function over them would merge all chunks.
 
 -- From the raw rows.
 CREATE OR REPLACE FUNCTION raw_measures(
-  device_class text, device text, since timestamptz, until timestamptz)
+  device_class text, device text, energy_kind text, since timestamptz, until timestamptz)
 RETURNS piece_measures
-LANGUAGE plpgsql STABLE AS $$
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
   m public.piece_measures;
+  kwh float8;
+  temp float8;
 BEGIN
+  IF energy_kind <> 'register' THEN
+    IF device_class = 'meter' THEN
+      SELECT count(*), sum(h.kwh_consumed_ac), 0.0 INTO m.readings, m.kwh_sum, m.temp_sum
+      FROM public.meter_telemetry_history h
+      WHERE h.meter_id = device AND h.ts >= since AND h.ts < until;
+    ELSE
+      SELECT count(*), sum(h.kwh_delivered_dc), sum(h.battery_temp)
+      INTO m.readings, m.kwh_sum, m.temp_sum
+      FROM public.vehicle_telemetry_history h
+      WHERE h.vehicle_id = device AND h.ts >= since AND h.ts < until;
+    END IF;
+    RETURN m;
+  END IF;
+  m.readings := 0;
+  m.kwh_increase := 0;
+  m.temp_sum := 0;
   IF device_class = 'meter' THEN
-    SELECT count(*), sum(kwh), sum(step), public.first(kwh, ts), public.last(kwh, ts), 0.0 INTO m
-    FROM (SELECT ts, kwh_consumed_ac AS kwh,
-                 public.register_step(kwh_consumed_ac, lag(kwh_consumed_ac) OVER (ORDER BY ts)) AS step
-          FROM public.meter_telemetry_history
-          WHERE meter_id = device AND ts >= since AND ts < until) r;
+    FOR kwh IN
+      SELECT h.kwh_consumed_ac FROM public.meter_telemetry_history h
+      WHERE h.meter_id = device AND h.ts >= since AND h.ts < until ORDER BY h.ts
+    LOOP
+      m.readings := m.readings + 1;
+      m.kwh_first := coalesce(m.kwh_first, kwh);
+      m.kwh_increase := m.kwh_increase + public.register_step(kwh, m.kwh_last);
+      m.kwh_last := kwh;
+    END LOOP;
   ELSE
-    SELECT count(*), sum(kwh), sum(step), public.first(kwh, ts), public.last(kwh, ts), sum(battery_temp) INTO m
-    FROM (SELECT ts, kwh_delivered_dc AS kwh, battery_temp,
-                 public.register_step(kwh_delivered_dc, lag(kwh_delivered_dc) OVER (ORDER BY ts)) AS step
-          FROM public.vehicle_telemetry_history
-          WHERE vehicle_id = device AND ts >= since AND ts < until) r;
+    FOR kwh, temp IN
+      SELECT h.kwh_delivered_dc, h.battery_temp FROM public.vehicle_telemetry_history h
+      WHERE h.vehicle_id = device AND h.ts >= since AND h.ts < until ORDER BY h.ts
+    LOOP
+      m.readings := m.readings + 1;
+      m.kwh_first := coalesce(m.kwh_first, kwh);
+      m.kwh_increase := m.kwh_increase + public.register_step(kwh, m.kwh_last);
+      m.kwh_last := kwh;
+      m.temp_sum := m.temp_sum + temp;
+    END LOOP;
   END IF;
   RETURN m;
 END $$;
@@ -57,49 +86,89 @@ BEGIN
 END $$;
 
 -- The kWh of the device's last reading before an instant, NULL where there is none: what a register
--- steps from. Searched backwards in bounded steps, because an unbounded search opens every chunk.
--- Beyond ten days the rollup names a reading; it may be dirty, so anything raw after that still wins.
+-- steps from. Searched backwards in bounded steps, because an unbounded search opens every chunk:
+-- in the raw rows of ten days, then in the rollup, then in what the rollup may not know yet.
 CREATE OR REPLACE FUNCTION register_before(device_class text, device text, instant timestamptz)
 RETURNS float8
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
   reach interval;
-  until timestamptz := instant;
   since timestamptz;
+  until timestamptz := instant;
+  raw_reached timestamptz;
   found_kwh float8;
-  rolled_ts timestamptz;
   rolled_kwh float8;
+  rolled_ts timestamptz;
+  chunks tstzmultirange;
+  piece tstzrange;
 BEGIN
   FOREACH reach IN ARRAY ARRAY[INTERVAL '1 hour', INTERVAL '1 day', INTERVAL '10 days'] LOOP
     since := instant - reach;
-    IF device_class = 'meter' THEN
-      SELECT kwh_consumed_ac INTO found_kwh FROM public.meter_telemetry_history
-      WHERE meter_id = device AND ts >= since AND ts < until ORDER BY ts DESC LIMIT 1;
-    ELSE
-      SELECT kwh_delivered_dc INTO found_kwh FROM public.vehicle_telemetry_history
-      WHERE vehicle_id = device AND ts >= since AND ts < until ORDER BY ts DESC LIMIT 1;
-    END IF;
+    found_kwh := public.raw_before(device_class, device, since, until);
     IF found_kwh IS NOT NULL THEN
       RETURN found_kwh;
     END IF;
     until := since;
   END LOOP;
+  raw_reached := until;
 
-  -- An hour that `until` cuts is left out here; if raw rows of it exist they are found below.
-  IF device_class = 'meter' THEN
-    SELECT kwh_last, ts_last INTO rolled_kwh, rolled_ts FROM public.meter_hourly_materialized
-    WHERE meter_id = device AND hour < instant AND ts_last < instant ORDER BY hour DESC LIMIT 1;
-    SELECT kwh_consumed_ac INTO found_kwh FROM public.meter_telemetry_history
-    WHERE meter_id = device AND ts > coalesce(rolled_ts, '-infinity') AND ts < until
-    ORDER BY ts DESC LIMIT 1;
-  ELSE
-    SELECT kwh_last, ts_last INTO rolled_kwh, rolled_ts FROM public.vehicle_hourly_materialized
-    WHERE vehicle_id = device AND hour < instant AND ts_last < instant ORDER BY hour DESC LIMIT 1;
-    SELECT kwh_delivered_dc INTO found_kwh FROM public.vehicle_telemetry_history
-    WHERE vehicle_id = device AND ts > coalesce(rolled_ts, '-infinity') AND ts < until
-    ORDER BY ts DESC LIMIT 1;
+  -- A rolled-up hour may be dirty, but what it holds was read: nothing is ever taken from history.
+  -- An hour that the instant cuts has been searched above, or cannot be answered at all.
+  until := instant;
+  FOREACH reach IN ARRAY ARRAY[INTERVAL '40 days', INTERVAL '400 days', NULL] LOOP
+    since := coalesce(instant - reach, '-infinity');
+    IF device_class = 'meter' THEN
+      SELECT h.kwh_last, h.ts_last INTO rolled_kwh, rolled_ts
+      FROM public.meter_hourly_materialized h
+      WHERE h.meter_id = device AND h.hour >= since AND h.hour < until AND h.ts_last < instant
+      ORDER BY h.hour DESC LIMIT 1;
+    ELSE
+      SELECT h.kwh_last, h.ts_last INTO rolled_kwh, rolled_ts
+      FROM public.vehicle_hourly_materialized h
+      WHERE h.vehicle_id = device AND h.hour >= since AND h.hour < until AND h.ts_last < instant
+      ORDER BY h.hour DESC LIMIT 1;
+    END IF;
+    EXIT WHEN rolled_kwh IS NOT NULL;
+    until := since;
+  END LOOP;
+
+  -- Raw rows between the two can only be where the rollup is dirty.
+  since := coalesce(rolled_ts, '-infinity');
+  IF since < raw_reached THEN
+    chunks := public.raw_chunk_ranges(
+      (device_class || '_telemetry_history')::name, since, raw_reached);
+    IF NOT isempty(chunks) THEN
+      FOR piece IN
+        SELECT r FROM unnest(chunks * public.rollup_dirty_hours(
+          (device_class || '_hourly')::name, lower(chunks), raw_reached)) r
+        ORDER BY lower(r) DESC
+      LOOP
+        found_kwh := public.raw_before(device_class, device, lower(piece), upper(piece));
+        IF found_kwh IS NOT NULL THEN
+          RETURN found_kwh;
+        END IF;
+      END LOOP;
+    END IF;
   END IF;
-  RETURN coalesce(found_kwh, rolled_kwh);
+  RETURN rolled_kwh;
+END $$;
+
+-- The kWh of the device's last raw reading in since <= ts < until.
+CREATE OR REPLACE FUNCTION raw_before(
+  device_class text, device text, since timestamptz, until timestamptz)
+RETURNS float8
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan AS $$
+DECLARE
+  kwh float8;
+BEGIN
+  IF device_class = 'meter' THEN
+    SELECT h.kwh_consumed_ac INTO kwh FROM public.meter_telemetry_history h
+    WHERE h.meter_id = device AND h.ts >= since AND h.ts < until ORDER BY h.ts DESC LIMIT 1;
+  ELSE
+    SELECT h.kwh_delivered_dc INTO kwh FROM public.vehicle_telemetry_history h
+    WHERE h.vehicle_id = device AND h.ts >= since AND h.ts < until ORDER BY h.ts DESC LIMIT 1;
+  END IF;
+  RETURN kwh;
 END $$;
 
 -- An edge inside an hour whose raw rows are dropped cannot be answered, if the device has readings
@@ -127,19 +196,21 @@ BEGIN
       ERRCODE = 'ENR01',
       MESSAGE = format('the raw readings of %s %s around %s are past their retention',
                        device_class, device, edge),
-      DETAIL = (SELECT to_char(min(r.chunk_start) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
-                FROM public.oldest_raw(device_class) AS r(chunk_start)),
+      DETAIL = to_char(public.oldest_cut() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'),
       HINT = 'Begin and end the window, and the assignment, at a whole UTC hour, or later.';
   END IF;
 END $$;
 
-CREATE OR REPLACE FUNCTION oldest_raw(device_class text) RETURNS timestamptz
+-- The oldest instant that a window of any vehicle may cut inside an hour: from here on both
+-- classes have raw rows. A class that has none at all can be cut from its rollup's end on.
+CREATE OR REPLACE FUNCTION oldest_cut() RETURNS timestamptz
 LANGUAGE sql STABLE AS $$
-  SELECT _timescaledb_functions.to_timestamp(min(s.range_start))
-  FROM _timescaledb_catalog.hypertable h
-  JOIN _timescaledb_catalog.dimension d ON d.hypertable_id = h.id
-  JOIN _timescaledb_catalog.dimension_slice s ON s.dimension_id = d.id
-  WHERE h.schema_name = 'public' AND h.table_name = device_class || '_telemetry_history'
+  SELECT max(coalesce(
+    lower(public.raw_chunk_ranges(
+      (c.class || '_telemetry_history')::name, '-infinity', 'infinity')),
+    (SELECT max(lowest) FROM public.rollup_dirty_ranges(
+       (c.class || '_hourly')::name, '-infinity', 'infinity'))))
+  FROM (VALUES ('meter'), ('vehicle')) AS c (class)
 $$;
 
 -- Energy, readings and temperature of one device in since <= ts < until.
@@ -172,7 +243,7 @@ BEGIN
     IF piece.is_rolled THEN
       m := public.rolled_measures(device_class, device, piece.lo, piece.hi);
     ELSE
-      m := public.raw_measures(device_class, device, piece.lo, piece.hi);
+      m := public.raw_measures(device_class, device, energy_kind, piece.lo, piece.hi);
     END IF;
     IF m.readings > 0 THEN
       readings := readings + m.readings;

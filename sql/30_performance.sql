@@ -23,8 +23,10 @@ DECLARE
   ac_promised float8 := 0;
   ac_readings bigint := 0;
 BEGIN
-  IF NOT window_since < window_until THEN
-    RAISE EXCEPTION 'since must be before until' USING ERRCODE = 'invalid_parameter_value';
+  IF (window_since < window_until AND isfinite(window_since) AND isfinite(window_until))
+     IS NOT TRUE THEN
+    RAISE EXCEPTION 'since must be before until, and both must be instants'
+      USING ERRCODE = 'invalid_parameter_value';
   END IF;
   SELECT v.energy_kind, extract(epoch FROM v.reporting_interval)::float8 AS interval_seconds
   INTO device
@@ -45,14 +47,14 @@ BEGIN
     'meter_hourly', 'meter_telemetry_history', window_since, window_until);
 
   FOR piece IN SELECT * FROM public.assigned_pieces(the_vehicle, window_since, window_until) LOOP
-    dc := public.device_measures('vehicle', the_vehicle, device.energy_kind, piece.since, piece.until,
-                                 vehicle_hours.rolled, vehicle_hours.dropped);
+    dc := public.device_measures('vehicle', the_vehicle, device.energy_kind, piece.since,
+                                 piece.until, vehicle_hours.rolled, vehicle_hours.dropped);
     answer.total_kwh_delivered_dc := answer.total_kwh_delivered_dc + dc.kwh;
     answer.dc_readings := answer.dc_readings + dc.readings;
     temp_sum := temp_sum + dc.temp_sum;
     IF piece.meter_id IS NOT NULL THEN
-      ac := public.device_measures('meter', piece.meter_id, piece.energy_kind, piece.since, piece.until,
-                                   meter_hours.rolled, meter_hours.dropped);
+      ac := public.device_measures('meter', piece.meter_id, piece.energy_kind, piece.since,
+                                   piece.until, meter_hours.rolled, meter_hours.dropped);
       answer.metered_kwh_delivered_dc := answer.metered_kwh_delivered_dc + dc.kwh;
       answer.total_kwh_consumed_ac := coalesce(answer.total_kwh_consumed_ac, 0) + ac.kwh;
       ac_readings := ac_readings + ac.readings;
@@ -67,7 +69,8 @@ BEGIN
     answer.metered_kwh_delivered_dc / nullif(answer.total_kwh_consumed_ac, 0);
   answer.dc_coverage := least(1, answer.dc_readings * device.interval_seconds
     / extract(epoch FROM window_until - window_since)::float8);
-  answer.ac_coverage := CASE WHEN ac_promised > 0 THEN least(1, ac_readings / ac_promised) ELSE 0 END;
+  answer.ac_coverage := CASE
+    WHEN ac_promised > 0 THEN least(1, ac_readings / ac_promised) ELSE 0 END;
   answer.verdict := CASE
     WHEN answer.total_kwh_consumed_ac IS NULL THEN 'no_meter'
     WHEN least(answer.ac_coverage, answer.dc_coverage) < 0.9 THEN 'insufficient_data'

@@ -1,7 +1,7 @@
--- Policies: what runs by itself. `migrate` reconciles them with the settings; a policy that is as it
--- should be is left alone, so that its statistics and its next start are kept.
+-- Policies: what runs by itself. `migrate` reconciles them with the settings; a policy that is as
+-- it should be is left alone, so that its statistics and its next start are kept.
 
--- Make the policy of one kind on one relation be exactly this; NULL removes it.
+-- Make the policy of one kind on one relation be exactly this.
 CREATE OR REPLACE FUNCTION reconcile_policy(
   relation regclass, policy text, wanted jsonb, every interval DEFAULT NULL)
 RETURNS void LANGUAGE plpgsql AS $$
@@ -9,7 +9,8 @@ DECLARE
   job record;
   job_id integer;
 BEGIN
-  SELECT j.job_id, j.config - ARRAY['hypertable_id', 'mat_hypertable_id'] AS config, j.schedule_interval
+  SELECT j.job_id, j.config - ARRAY['hypertable_id', 'mat_hypertable_id'] AS config,
+         j.schedule_interval
   INTO job
   FROM timescaledb_information.jobs j
   WHERE j.proc_name = policy
@@ -55,7 +56,8 @@ $$;
 
 CREATE OR REPLACE FUNCTION reconcile_policies(
   chunk interval, columnstore_after interval, raw_retention interval, hourly_retention interval,
-  refresh_start interval, refresh_end interval, refresh_every interval, quarantine_retention interval)
+  refresh_start interval, refresh_end interval, refresh_every interval,
+  quarantine_retention interval)
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
   class text;
@@ -63,8 +65,15 @@ DECLARE
   wanted jsonb;
   refresh constant text := 'policy_refresh_continuous_aggregate';
 BEGIN
+  -- The daily refresh reaches two days further back than the hourly one, and begins at a whole day.
+  IF hourly_retention < refresh_start + INTERVAL '3 days' THEN
+    RAISE EXCEPTION 'hourly_retention must be at least refresh_start and 3 days, or a refresh that '
+      'reaches dropped hours erases their daily rollup'
+      USING ERRCODE = 'invalid_parameter_value';
+  END IF;
   FOREACH class IN ARRAY ARRAY['meter', 'vehicle'] LOOP
-    PERFORM public.set_chunk_time_interval(format('public.%s_telemetry_history', class)::regclass, chunk);
+    PERFORM public.set_chunk_time_interval(
+      format('public.%s_telemetry_history', class)::regclass, chunk);
     PERFORM public.reconcile_policy(
       format('public.%s_hourly', class)::regclass, refresh,
       jsonb_build_object('start_offset', refresh_start, 'end_offset', refresh_end), refresh_every);
@@ -94,7 +103,8 @@ BEGIN
     IF NOT FOUND OR wanted <> job.config THEN
       PERFORM public.delete_job(j.job_id) FROM timescaledb_information.jobs j
       WHERE j.proc_schema = 'public' AND j.proc_name = job.name;
-      PERFORM public.add_job(format('public.%I', job.name)::regproc, job.every, config => job.config);
+      PERFORM public.add_job(
+        format('public.%I', job.name)::regproc, job.every, config => job.config);
     END IF;
   END LOOP;
 END $$;
@@ -114,34 +124,82 @@ FROM timescaledb_information.jobs j
 LEFT JOIN timescaledb_information.continuous_aggregates a
   ON a.materialization_hypertable_name = j.hypertable_name
 LEFT JOIN LATERAL (
-  SELECT r.last_started, r.last_succeeded, r.last_ok, r.last_error FROM (
+  SELECT r.last_started, max(r.last_succeeded) OVER () AS last_succeeded, r.last_ok, r.last_error
+  FROM (
     SELECT t.last_run_started_at, nullif(t.last_successful_finish, '-infinity'),
-           t.last_run_status = 'Success', NULL::text
+           t.last_run_status = 'Success',
+           (SELECT e.err_message FROM timescaledb_information.job_errors e
+            WHERE e.job_id = j.job_id AND t.last_run_status <> 'Success'
+            ORDER BY e.start_time DESC LIMIT 1)
     FROM timescaledb_information.job_stats t
     WHERE t.job_id = j.job_id AND t.last_run_started_at > '-infinity'
     UNION ALL
-    (SELECT started_at,
-            (SELECT max(ok.finished_at) FROM public.job_run ok WHERE ok.job_id = j.job_id AND ok.succeeded),
-            succeeded, error
-     FROM public.job_run WHERE job_run.job_id = j.job_id ORDER BY started_at DESC LIMIT 1)
-  ) AS r(last_started, last_succeeded, last_ok, last_error)
+    (SELECT o.started_at,
+            (SELECT max(ok.finished_at) FROM public.job_run ok
+             WHERE ok.job_id = j.job_id AND ok.succeeded),
+            o.succeeded, o.error
+     FROM public.job_run o WHERE o.job_id = j.job_id
+     ORDER BY o.started_at DESC, o.job_run_id DESC LIMIT 1)
+  ) AS r (last_started, last_succeeded, last_ok, last_error)
   ORDER BY r.last_started DESC LIMIT 1
 ) s ON true
 WHERE j.job_id >= 1000;
 
--- Raw data waits while a refresh is failing or late: what is dropped must have been rolled up.
+-- Raw data waits while a refresh is failing or late, and while what would be dropped is not rolled
+-- up. A refresh that is running (last_ok is NULL) is judged by its last success.
 CREATE OR REPLACE PROCEDURE hold_retention(job_id integer, config jsonb)
 LANGUAGE plpgsql AS $$
 DECLARE
-  healthy boolean := NOT EXISTS (
-    SELECT FROM public.job_status s
-    WHERE s.job = 'policy_refresh_continuous_aggregate'
-      AND (s.last_ok IS NOT TRUE
-           OR s.last_succeeded < now() - INTERVAL '1 hour' - 3 * s.schedule_interval));
+  safe boolean := NOT EXISTS (
+      SELECT FROM public.job_status s
+      WHERE s.job = 'policy_refresh_continuous_aggregate'
+        AND (NOT s.last_ok OR s.last_succeeded IS NULL
+             OR s.last_succeeded < now() - INTERVAL '1 hour' - 3 * s.schedule_interval))
+    AND NOT EXISTS (
+      SELECT FROM timescaledb_information.jobs j, (VALUES ('meter'), ('vehicle')) AS c (class)
+      WHERE j.proc_name = 'policy_retention' AND j.hypertable_schema = 'public'
+        AND j.hypertable_name = c.class || '_telemetry_history'
+        AND public.unrolled_readings(c.class, now() - (j.config ->> 'drop_after')::interval) > 0);
 BEGIN
-  PERFORM public.alter_job(j.job_id, scheduled => healthy)
+  PERFORM public.alter_job(j.job_id, scheduled => safe)
   FROM timescaledb_information.jobs j
-  WHERE j.proc_name = 'policy_retention' AND j.scheduled <> healthy;
+  WHERE j.proc_name = 'policy_retention' AND j.scheduled <> safe;
+END $$;
+
+-- How many raw readings before an instant the hourly rollup lacks. The refresh window reaches all
+-- that is accepted, if it runs: after an outage of days, late readings can have aged past it.
+-- History only grows, so hours whose counts agree are right, whatever the dirty log says (dropping a chunk
+-- marks an hour of the next one).
+CREATE OR REPLACE FUNCTION unrolled_readings(device_class text, before timestamptz)
+RETURNS bigint LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  chunks constant tstzmultirange := public.raw_chunk_ranges(
+    (device_class || '_telemetry_history')::name, '-infinity', before);
+  piece tstzrange;
+  missing bigint := 0;
+BEGIN
+  IF isempty(chunks) THEN
+    RETURN 0;
+  END IF;
+  FOR piece IN
+    SELECT r FROM unnest(public.whole_hours(chunks * public.rollup_dirty_hours(
+      (device_class || '_hourly')::name, lower(chunks), before))) r
+  LOOP
+    IF device_class = 'meter' THEN
+      missing := missing
+        + (SELECT count(*) FROM public.meter_telemetry_history h
+           WHERE h.ts >= lower(piece) AND h.ts < upper(piece))
+        - (SELECT coalesce(sum(h.readings), 0) FROM public.meter_hourly_materialized h
+           WHERE h.hour >= lower(piece) AND h.hour < upper(piece));
+    ELSE
+      missing := missing
+        + (SELECT count(*) FROM public.vehicle_telemetry_history h
+           WHERE h.ts >= lower(piece) AND h.ts < upper(piece))
+        - (SELECT coalesce(sum(h.readings), 0) FROM public.vehicle_hourly_materialized h
+           WHERE h.hour >= lower(piece) AND h.hour < upper(piece));
+    END IF;
+  END LOOP;
+  RETURN missing;
 END $$;
 
 -- Quarantine past its retention, and the record of the service's own job runs.

@@ -1,14 +1,18 @@
 -- Two roles to grant from. They may log in once a DBA gives them a password (on the embedded engine
 -- they may at once). Roles belong to the whole cluster, so they are made only where missing.
 DO $$
+DECLARE
+  wanted name;
 BEGIN
-  PERFORM pg_advisory_xact_lock(hashtext('energy_platform roles'));
-  IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'energy_reader') THEN
-    CREATE ROLE energy_reader LOGIN;
-  END IF;
-  IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'energy_ingest') THEN
-    CREATE ROLE energy_ingest LOGIN;
-  END IF;
+  FOREACH wanted IN ARRAY ARRAY['energy_reader', 'energy_ingest'] LOOP
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
+      BEGIN
+        EXECUTE format('CREATE ROLE %I LOGIN', wanted);
+      EXCEPTION WHEN duplicate_object OR unique_violation THEN
+        NULL;  -- made meanwhile by the migrate of another database: no lock spans two databases
+      END;
+    END IF;
+  END LOOP;
 END $$;
 
 -- Nothing by default: a function is otherwise open to everyone.

@@ -54,8 +54,51 @@ def migrate(dsn: str, settings: Settings) -> list[str]:
         for path in sorted((_schema_folder() / "sql").glob("*.sql")):
             with connection.transaction():
                 connection.execute(path.read_bytes())
-        connection.execute(_SQL["reconcile_policies"], settings.retention._asdict())
+        if not _trust_rollup(connection):
+            connection.execute(_SQL["distrust_rollup"])
+        try:
+            connection.execute(_SQL["reconcile_policies"], settings.retention._asdict())
+        except psycopg.errors.InvalidParameterValue as error:
+            raise SetupError(
+                f"These settings would lose data: {error.diag.message_primary}."
+            ) from error
     return applied
+
+
+def _trust_rollup(connection: psycopg.Connection[Any]) -> bool:
+    """Whether answers may use the rollup: probed once for each version of TimescaleDB."""
+    trusted = fetch_trusted(connection)
+    if trusted is None:
+        trusted = probe_rollup(connection)
+        connection.execute(_SQL["add_probe"], {"trusted": trusted})
+    if not trusted:
+        _log.warning("rollup not trusted")
+    return trusted
+
+
+def probe_rollup(connection: psycopg.Connection[Any]) -> bool:
+    """Whether this TimescaleDB's book-keeping marks a late row until it is refreshed.
+
+    On a scratch hypertable, because it takes commits.
+    """
+    connection.execute(_SQL["drop_probe"])  # of a migrate that was killed
+    try:
+        connection.execute(_SQL["create_probe"])
+        connection.execute(_SQL["refresh_probe"])
+        seen = [connection.execute(_SQL["fetch_probe_dirty"]).fetchone()]
+        connection.execute(_SQL["add_late_probe_row"])
+        seen.append(connection.execute(_SQL["fetch_probe_dirty"]).fetchone())
+        connection.execute(_SQL["refresh_probe"])
+        seen.append(connection.execute(_SQL["fetch_probe_dirty"]).fetchone())
+        return seen == [(False, False), (True, False), (False, False)]
+    finally:
+        connection.execute(_SQL["drop_probe"])
+
+
+def fetch_trusted(connection: psycopg.Connection[Any]) -> bool | None:
+    """What the probe of this version of TimescaleDB found; None: it was never probed."""
+    row = connection.execute(_SQL["fetch_probe"]).fetchone()
+    return None if row is None else bool(row[0])
 
 
 @contextlib.contextmanager
@@ -71,7 +114,7 @@ def check_server(connection: psycopg.Connection[Any]) -> None:
     """Create the extensions where they are missing. Raises: SetupError, in one sentence."""
     row = connection.execute(_SQL["fetch_server"]).fetchone()
     assert row is not None
-    server_version, available, installed, license_name = row
+    server_version, available, installed = row
     if server_version < POSTGRES_MIN * 10_000:
         raise SetupError(
             f"PostgreSQL {server_version // 10_000} is too old: {POSTGRES_MIN} or newer is needed."
@@ -217,7 +260,7 @@ def run_due_jobs(
     """
     runs = []
     due = connection.execute(_SQL["fetch_due_jobs"], {"all": run_all, "now": clock()}).fetchall()
-    for job_id, job, relation, start_offset, end_offset in due:
+    for job_id, job, relation, end_offset in due:
         if stop():
             break
         if job == "policy_retention" and not _may_drop(connection, job_id):
@@ -226,7 +269,8 @@ def run_due_jobs(
         error = None
         try:
             if job == "policy_refresh_continuous_aggregate":
-                _refresh_dirty(connection, relation, start_offset, end_offset, started_at, stop)
+                if not _refresh_dirty(connection, relation, end_offset, started_at, stop):
+                    break  # not finished, so not recorded: retention relies on what is
             else:
                 connection.execute("CALL run_job(%s)", (job_id,))
         except psycopg.DatabaseError as failure:
@@ -251,29 +295,31 @@ def _may_drop(connection: psycopg.Connection[Any], job_id: int) -> bool:
 def _refresh_dirty(
     connection: psycopg.Connection[Any],
     rollup: str,
-    start_offset: str,
     end_offset: str,
     now: datetime,
     stop: Callable[[], bool],
-) -> None:
-    """Refresh what is dirty, a chunk a call: one call over a year would block every client."""
+) -> bool:
+    """Refresh what is dirty, a chunk a call: one call over a year would block every client.
+
+    Returns whether all of it was done before `stop`.
+    """
     pieces = connection.execute(
         _SQL["fetch_dirty_pieces"],
         {
             "rollup": rollup,
             "bucket": DAILY if rollup.endswith("_daily") else HOURLY,
-            "start_offset": start_offset,
             "end_offset": end_offset,
             "now": now,
         },
     ).fetchall()
     for since, until in pieces:
         if stop():
-            return
+            return False
         connection.execute(
             "CALL refresh_continuous_aggregate(%s::regclass, %s::timestamptz, %s::timestamptz)",
             (rollup, since, until),
         )
+    return True
 
 
 def _log_run(run: JobRun) -> None:

@@ -1,0 +1,210 @@
+-- What everything is, for psql's \d+ and \df+. A column's name means the same wherever it stands, so
+-- columns are told by name, and only an exception by relation.
+
+COMMENT ON TABLE meter_telemetry_history IS
+  'Every reading of every smart meter, append only: a hypertable by ts, the columnstore after 3 days, dropped after 400 (settings). Late rows are accepted.';
+COMMENT ON TABLE vehicle_telemetry_history IS
+  'Every reading of every vehicle, append only: a hypertable by ts, the columnstore after 3 days, dropped after 400 (settings). Late rows are accepted.';
+COMMENT ON TABLE meter_live_status IS
+  'One row a meter: its newest reading by its own clock. A late reading never replaces a newer one.';
+COMMENT ON TABLE vehicle_live_status IS
+  'One row a vehicle: its newest reading by its own clock. A late reading never replaces a newer one.';
+COMMENT ON TABLE meter IS
+  'The meters that were declared, assigned or heard, and how their kWh are meant. A change holds for the whole past, at once.';
+COMMENT ON TABLE vehicle IS
+  'The vehicles that were declared, assigned or heard, and how their kWh are meant. A change holds for the whole past, at once.';
+COMMENT ON TABLE charging_assignment IS
+  'The ledger of which meter fed which vehicle when. A meter feeds one vehicle at a time, and a vehicle hangs on one meter at a time; touching ends do not overlap.';
+COMMENT ON TABLE quarantine IS
+  'What was not a reading, as it came: once for each sender, reason and bytes, with a count. Nothing here is ever in a figure.';
+COMMENT ON TABLE api_key IS 'API keys of the HTTP service. The secret itself is not kept.';
+COMMENT ON TABLE job_run IS
+  'Jobs that the service ran itself, where the engine has no background workers. Kept for 90 days.';
+COMMENT ON TABLE rollup_probe IS
+  'Versions of TimescaleDB whose book-keeping migrate has probed: only a trusted one is answered from rollups.';
+
+COMMENT ON VIEW meter_hourly IS
+  'Real-time continuous aggregate: a meter''s UTC hours. Late data shows after the next refresh.';
+COMMENT ON VIEW vehicle_hourly IS
+  'Real-time continuous aggregate: a vehicle''s UTC hours. Late data shows after the next refresh.';
+COMMENT ON VIEW meter_daily IS
+  'Real-time continuous aggregate on meter_hourly: a meter''s UTC days. Kept for ever.';
+COMMENT ON VIEW vehicle_daily IS
+  'Real-time continuous aggregate on vehicle_hourly: a vehicle''s UTC days. Kept for ever.';
+COMMENT ON VIEW meter_hourly_materialized IS
+  'What meter_hourly has on disk, without its live part. For vehicle_performance_v1().';
+COMMENT ON VIEW vehicle_hourly_materialized IS
+  'What vehicle_hourly has on disk, without its live part. For vehicle_performance_v1().';
+COMMENT ON VIEW meter_daily_materialized IS 'What meter_daily has on disk, without its live part.';
+COMMENT ON VIEW vehicle_daily_materialized IS 'What vehicle_daily has on disk, without its live part.';
+COMMENT ON VIEW meter_energy_hourly_v1 IS
+  'A meter''s energy by UTC hour, right for both kinds of device: the steps between hours are in it.';
+COMMENT ON VIEW vehicle_energy_hourly_v1 IS
+  'A vehicle''s energy and temperature by UTC hour, right for both kinds of device.';
+COMMENT ON VIEW meter_energy_daily_v1 IS
+  'A meter''s energy by UTC day, right for both kinds of device: the steps between days are in it.';
+COMMENT ON VIEW vehicle_energy_daily_v1 IS
+  'A vehicle''s energy and temperature by UTC day, right for both kinds of device.';
+COMMENT ON VIEW job_status IS
+  'Policies and jobs with their last run, whether TimescaleDB''s workers ran it or the service did.';
+
+COMMENT ON TYPE piece_measures IS 'What one device measured in a piece of time. Internal.';
+COMMENT ON TYPE vehicle_performance IS
+  'The row of vehicle_performance_v1(): the answer''s names in snake_case.';
+
+DO $$
+DECLARE
+  told record;
+BEGIN
+  FOR told IN
+    WITH meaning (relation, name, text) AS (VALUES
+      (NULL, 'meter_id', 'The meter: 1 to 64 printable ASCII characters.'),
+      (NULL, 'vehicle_id', 'The vehicle: 1 to 64 printable ASCII characters.'),
+      (NULL, 'ts', 'When the device read: it speaks of the time since its previous reading.'),
+      (NULL, 'received_at', 'When the service took the reading.'),
+      (NULL, 'kwh_consumed_ac', 'kWh of AC: since the reading before (interval), or a counter (register).'),
+      (NULL, 'kwh_delivered_dc', 'kWh of DC into the battery: since the reading before (interval), or a counter (register).'),
+      (NULL, 'voltage', 'Volt, at the meter.'),
+      (NULL, 'soc', 'State of charge of the battery, percent.'),
+      (NULL, 'battery_temp', 'Temperature of the battery, degrees Celsius.'),
+      (NULL, 'energy_kind', 'interval: each kWh is what flowed since the reading before. register: a counter that only grows; a fall is a reset.'),
+      (NULL, 'reporting_interval', 'How often the device promises a reading: what coverage is measured by.'),
+      (NULL, 'registered_at', 'When the device was first declared, assigned or heard.'),
+      (NULL, 'assignment_id', 'Number of the assignment, as in the API.'),
+      (NULL, 'during', 'Since when and until when (exclusive) the meter fed the vehicle; no upper end: until further notice.'),
+      (NULL, 'quarantine_id', 'Number of the entry, as in the API.'),
+      (NULL, 'fingerprint', 'SHA-256 of sender, reason and bytes: the same again only counts.'),
+      (NULL, 'payload', 'The bytes as they came, up to 64 KiB.'),
+      (NULL, 'payload_bytes', 'Bytes that came, also where only the first 64 KiB are kept.'),
+      (NULL, 'code', 'Stable slug of the reason.'),
+      (NULL, 'path', 'The field that was wrong, as a JSON path.'),
+      (NULL, 'detail', 'The reason in words.'),
+      (NULL, 'device_id', 'The meter or vehicle that the payload names, where it can be told.'),
+      (NULL, 'key_id', 'The API key, without its secret.'),
+      (NULL, 'count', 'How many times it came.'),
+      (NULL, 'first_seen', 'When it came first.'),
+      (NULL, 'last_seen', 'When it came last: retention counts from here.'),
+      (NULL, 'secret_sha256', 'SHA-256 of the key''s secret, which is 32 random bytes.'),
+      (NULL, 'name', 'What the key is for.'),
+      (NULL, 'scopes', 'What the key may do: ingest, read, admin.'),
+      (NULL, 'device_ids', 'The only devices that the key may speak for; NULL: no such limit.'),
+      (NULL, 'device_prefix', 'The key may speak only for devices whose id begins so; NULL: no such limit.'),
+      (NULL, 'created_at', 'When the key was made.'),
+      (NULL, 'revoked_at', 'When the key was revoked; NULL: it is valid.'),
+      (NULL, 'job_run_id', 'Number of the run.'),
+      (NULL, 'job_id', 'TimescaleDB''s number of the job.'),
+      (NULL, 'job_name', 'The job and what it works on.'),
+      (NULL, 'job', 'The policy''s or job''s procedure.'),
+      (NULL, 'relation', 'The table or aggregate that the job works on; NULL: none.'),
+      (NULL, 'schedule_interval', 'How often the job runs.'),
+      (NULL, 'scheduled', 'Whether the job runs at all: retention is held by hold_retention().'),
+      (NULL, 'started_at', 'When the run began.'),
+      (NULL, 'finished_at', 'When the run ended.'),
+      (NULL, 'succeeded', 'Whether the run went well.'),
+      (NULL, 'error', 'What went wrong; NULL: nothing.'),
+      (NULL, 'last_started', 'When the last run began; NULL: it has never run.'),
+      (NULL, 'last_succeeded', 'When a run last ended well; NULL: never.'),
+      (NULL, 'last_ok', 'Whether the last run went well; NULL: never run, or running now.'),
+      (NULL, 'last_error', 'What went wrong in the last run.'),
+      (NULL, 'timescaledb_version', 'Version of the extension.'),
+      (NULL, 'trusted', 'Whether a late row was marked, and only its hour, until it was refreshed.'),
+      (NULL, 'probed_at', 'When the probe ran.'),
+      (NULL, 'hour', 'Begin of the hour, UTC.'),
+      (NULL, 'day', 'Begin of the day, UTC.'),
+      (NULL, 'readings', 'How many readings.'),
+      (NULL, 'kwh_sum', 'Sum of the readings'' kWh: the energy, for a device of kind interval.'),
+      (NULL, 'kwh_increase', 'kWh that a register grew by inside the bucket, resets allowed for; the step into the bucket is not in it.'),
+      (NULL, 'kwh_first', 'kWh of the first reading.'),
+      (NULL, 'ts_first', 'Time of the first reading.'),
+      (NULL, 'kwh_last', 'kWh of the last reading.'),
+      (NULL, 'ts_last', 'Time of the last reading.'),
+      (NULL, 'battery_temp_sum', 'Sum of the battery temperatures, degrees Celsius: over readings it is their mean.'),
+      (NULL, 'battery_temp_min', 'Lowest battery temperature, degrees Celsius.'),
+      (NULL, 'battery_temp_max', 'Highest battery temperature, degrees Celsius.'),
+      (NULL, 'battery_temp_average', 'Mean battery temperature of the readings, degrees Celsius.'),
+      (NULL, 'kwh', 'Energy in kWh, of either kind of device.'),
+      (NULL, 'temp_sum', 'Sum of the battery temperatures, degrees Celsius; 0 for a meter.'),
+      (NULL, 'since', 'Begin of the window, inclusive.'),
+      (NULL, 'until', 'End of the window, exclusive.'),
+      (NULL, 'total_kwh_consumed_ac', 'kWh of AC of the meters that fed the vehicle, each only while it did; NULL: none was assigned.'),
+      (NULL, 'total_kwh_delivered_dc', 'kWh of DC that the vehicle took, metered or not.'),
+      (NULL, 'efficiency_ratio', 'Metered DC over AC, 1 is no loss; NULL: AC is 0 or unknown.'),
+      (NULL, 'average_battery_temp', 'Mean of the window''s readings, degrees Celsius; NULL: none.'),
+      (NULL, 'metered_kwh_delivered_dc', 'kWh of DC while a meter was assigned.'),
+      (NULL, 'ac_readings', 'Readings of the assigned meters, each while it was assigned.'),
+      (NULL, 'dc_readings', 'Readings of the vehicle.'),
+      (NULL, 'ac_coverage', 'ac_readings over what the meters'' reporting intervals promise while assigned, 0 to 1.'),
+      (NULL, 'dc_coverage', 'dc_readings over what the vehicle''s reporting interval promises, 0 to 1.'),
+      (NULL, 'verdict', 'The first that applies: no_meter, insufficient_data (a coverage under 0.9), above_one, below_threshold (ratio under 0.85), ok.'),
+      ('meter_live_status', 'ts', 'When the meter read last, by its own clock.'),
+      ('vehicle_live_status', 'ts', 'When the vehicle read last, by its own clock.')
+    )
+    SELECT DISTINCT ON (c.oid, a.attnum) c.relname, a.attname, m.text
+    FROM pg_class c
+    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    JOIN meaning m ON m.name = a.attname AND (m.relation IS NULL OR m.relation = c.relname)
+    WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v', 'c')
+      AND c.relname NOT LIKE '%yoyo%'
+      AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = c.oid AND d.deptype = 'e')
+    ORDER BY c.oid, a.attnum, m.relation NULLS LAST
+  LOOP
+    EXECUTE format('COMMENT ON COLUMN public.%I.%I IS %L', told.relname, told.attname, told.text);
+  END LOOP;
+END $$;
+
+COMMENT ON FUNCTION vehicle_performance_v1(text, timestamptz, timestamptz) IS
+  'What a vehicle took and what its meters gave in since <= ts < until, exact over all committed rows at once. One row; none for an unknown vehicle. kWh, degrees Celsius. SQLSTATE ENR01 where an edge cuts an hour whose raw rows are gone; its DETAIL is the oldest instant that can be cut.';
+COMMENT ON FUNCTION assigned_pieces(text, timestamptz, timestamptz) IS
+  'The window of a vehicle, cut where its assignments begin and end; meter_id is NULL where it hung on none.';
+COMMENT ON FUNCTION device_measures(
+  text, text, text, timestamptz, timestamptz, tstzmultirange, tstzmultirange) IS
+  'Energy (kWh), readings and temperature sum of one device in a window: rolled-up hours from the rollup, the rest from raw rows.';
+COMMENT ON FUNCTION raw_measures(text, text, text, timestamptz, timestamptz) IS
+  'What one device measured in a piece of time, from the raw rows.';
+COMMENT ON FUNCTION rolled_measures(text, text, timestamptz, timestamptz) IS
+  'What one device measured in a piece of time, from whole rolled-up hours.';
+COMMENT ON FUNCTION register_before(text, text, timestamptz) IS
+  'kWh of a device''s last reading before an instant, however long ago; NULL: there is none.';
+COMMENT ON FUNCTION raw_before(text, text, timestamptz, timestamptz) IS
+  'kWh of a device''s last raw reading in a piece of time; NULL: there is none.';
+COMMENT ON FUNCTION check_edge(text, text, timestamptz, tstzmultirange) IS
+  'Raises ENR01 where an instant cuts an hour whose raw rows are gone and in which the device has readings.';
+COMMENT ON FUNCTION oldest_cut() IS
+  'The oldest instant at which a window may begin or end inside an hour, for any vehicle.';
+COMMENT ON FUNCTION whole_hours(tstzmultirange) IS 'What of a multirange is whole UTC hours.';
+COMMENT ON FUNCTION rollup_coverage(name, name, timestamptz, timestamptz) IS
+  'rolled: which whole hours of a window the rollup answers rightly, in this snapshot. dropped: where no raw chunk is.';
+COMMENT ON FUNCTION rollup_dirty_hours(name, timestamptz, timestamptz) IS
+  'The whole hours that a rollup does not, or not rightly, hold. All of them where the books cannot be read.';
+COMMENT ON FUNCTION rollup_dirty_ranges(name, timestamptz, timestamptz) IS
+  'The ranges that TimescaleDB''s own books hold to be not, or not rightly, rolled up; bounds inclusive.';
+COMMENT ON FUNCTION raw_chunk_ranges(name, timestamptz, timestamptz) IS
+  'Where in a window a hypertable has chunks.';
+
+COMMENT ON FUNCTION register_step(float8, float8) IS
+  'kWh that a register grew by from one reading to the next. A fall is a reset: the step is what it shows after it. A first reading adds nothing.';
+COMMENT ON FUNCTION counter_increase_next(float8[], float8) IS 'State of counter_increase(): last value, total kWh.';
+COMMENT ON FUNCTION counter_increase_total(float8[]) IS 'Result of counter_increase() and bucket_increase().';
+COMMENT ON AGGREGATE counter_increase(float8) IS
+  'kWh that a register grew by over readings ORDER BY ts, resets allowed for.';
+COMMENT ON FUNCTION bucket_increase_next(float8[], float8, float8, float8) IS
+  'State of bucket_increase(): last value, total kWh.';
+COMMENT ON AGGREGATE bucket_increase(float8, float8, float8) IS
+  'kWh that a register grew by over buckets (increase, first, last) ORDER BY time: their increases and the steps between them.';
+
+COMMENT ON FUNCTION reconcile_policies(
+  interval, interval, interval, interval, interval, interval, interval, interval) IS
+  'Make all policies be as the settings say; what is so already is left alone.';
+COMMENT ON FUNCTION reconcile_policy(regclass, text, jsonb, interval) IS
+  'Make the policy of one kind on one relation be exactly this.';
+COMMENT ON FUNCTION hypertable_number(regclass) IS
+  'The number by which jobs know a hypertable or the materialization of an aggregate.';
+COMMENT ON PROCEDURE hold_retention(integer, jsonb) IS
+  'Job: retention is scheduled only while every refresh goes well, on time, and all that would be dropped is rolled up.';
+COMMENT ON FUNCTION unrolled_readings(text, timestamptz) IS
+  'How many raw readings of a class before an instant the hourly rollup lacks.';
+COMMENT ON PROCEDURE sweep_expired(integer, jsonb) IS
+  'Job: delete quarantine past its retention, and records of job runs older than 90 days.';
+
+COMMENT ON ROLE energy_reader IS 'May read the documented names of energy-platform; for analysts and Grafana.';
+COMMENT ON ROLE energy_ingest IS 'May add readings to energy-platform; may not change history.';

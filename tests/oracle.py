@@ -1,0 +1,312 @@
+"""What the answers must be, computed slowly from plain lists. Shares no code with the product.
+
+`World` tells the database and the lists the same story; `performance` is the oracle.
+"""
+
+import math
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg.rows import dict_row
+
+HOUR = timedelta(hours=1)
+
+
+class Reading(NamedTuple):
+    """One reading. `celsius` is 0 for a meter. Unit: kWh."""
+
+    ts: datetime
+    kwh: float
+    celsius: float = 0.0
+
+
+class Device(NamedTuple):
+    """What is declared of a meter or a vehicle."""
+
+    kind: str
+    interval_seconds: float
+
+
+class Assignment(NamedTuple):
+    """This meter fed this vehicle in since <= ts < until; None: until further notice."""
+
+    meter_id: str
+    vehicle_id: str
+    since: datetime
+    until: datetime | None
+
+
+class Story:
+    """Everything that was ever said, as it would stand in a notebook."""
+
+    def __init__(self) -> None:
+        self.meters: dict[str, Device] = {}
+        self.vehicles: dict[str, Device] = {}
+        self.assignments: list[Assignment] = []
+        self.meter_readings: dict[str, dict[datetime, Reading]] = {}
+        self.vehicle_readings: dict[str, dict[datetime, Reading]] = {}
+
+    def performance(
+        self, vehicle_id: str, since: datetime, until: datetime
+    ) -> dict[str, Any] | None:
+        """The row that vehicle_performance_v1() must give; None for an unknown vehicle."""
+        vehicle = self.vehicles.get(vehicle_id)
+        if vehicle is None:
+            return None
+        driven = _steps(self.vehicle_readings.get(vehicle_id, {}), vehicle.kind)
+        in_window = [(reading, kwh) for reading, kwh in driven if since <= reading.ts < until]
+        ac: Fraction | None = None
+        metered = Fraction(0)
+        ac_readings = 0
+        promised = Fraction(0)
+        for assignment in self.assignments:
+            if assignment.vehicle_id != vehicle_id:
+                continue
+            begin = max(since, assignment.since)
+            end = until if assignment.until is None else min(until, assignment.until)
+            if begin >= end:
+                continue
+            meter = self.meters[assignment.meter_id]
+            fed = _steps(self.meter_readings.get(assignment.meter_id, {}), meter.kind)
+            mine = [kwh for reading, kwh in fed if begin <= reading.ts < end]
+            ac = (ac or Fraction(0)) + sum(mine, Fraction(0))
+            ac_readings += len(mine)
+            promised += _seconds(end - begin) / Fraction(meter.interval_seconds)
+            metered += sum(
+                (kwh for reading, kwh in in_window if begin <= reading.ts < end), Fraction(0)
+            )
+        ratio = metered / ac if ac else None
+        dc_coverage = min(
+            Fraction(1),
+            len(in_window) * Fraction(vehicle.interval_seconds) / _seconds(until - since),
+        )
+        ac_coverage = min(Fraction(1), ac_readings / promised) if promised else Fraction(0)
+        celsius = [reading.celsius for reading, _ in in_window]
+        return {
+            "vehicle_id": vehicle_id,
+            "since": since,
+            "until": until,
+            "total_kwh_consumed_ac": None if ac is None else float(ac),
+            "total_kwh_delivered_dc": float(sum((kwh for _, kwh in in_window), Fraction(0))),
+            "efficiency_ratio": None if ratio is None else float(ratio),
+            "average_battery_temp": math.fsum(celsius) / len(celsius) if celsius else None,
+            "metered_kwh_delivered_dc": float(metered),
+            "ac_readings": ac_readings,
+            "dc_readings": len(in_window),
+            "ac_coverage": float(ac_coverage),
+            "dc_coverage": float(dc_coverage),
+            "verdict": _verdict(ac, metered, ratio, min(ac_coverage, dc_coverage)),
+        }
+
+    def cut_hours(
+        self, vehicle_id: str, since: datetime, until: datetime
+    ) -> list[tuple[str, datetime]]:
+        """Class and hour, where an edge of the window, or of an assignment in it, cuts an hour in
+        which the device has readings: without raw rows that cannot be answered."""
+        edges = {("vehicle", vehicle_id, since), ("vehicle", vehicle_id, until)}
+        for assignment in self.assignments:
+            begin = max(since, assignment.since)
+            end = until if assignment.until is None else min(until, assignment.until)
+            if assignment.vehicle_id == vehicle_id and begin < end:
+                for edge in (begin, end):
+                    edges |= {("vehicle", vehicle_id, edge), ("meter", assignment.meter_id, edge)}
+        hours = []
+        for kind, device, edge in edges:
+            hour = edge.replace(minute=0, second=0, microsecond=0)
+            readings = self.meter_readings if kind == "meter" else self.vehicle_readings
+            if hour != edge and any(hour <= ts < hour + HOUR for ts in readings.get(device, {})):
+                hours.append((kind, hour))
+        return hours
+
+
+def _steps(readings: dict[datetime, Reading], kind: str) -> list[tuple[Reading, Fraction]]:
+    """Each reading, by ts, with the energy that it speaks of."""
+    steps = []
+    previous: Fraction | None = None
+    for ts in sorted(readings):
+        value = Fraction(readings[ts].kwh)
+        if kind == "interval":
+            step = value
+        elif previous is None:
+            step = Fraction(0)
+        else:
+            step = value - previous if value >= previous else value
+        steps.append((readings[ts], step))
+        previous = value
+    return steps
+
+
+def _seconds(span: timedelta) -> Fraction:
+    return Fraction(span // timedelta(microseconds=1), 1_000_000)
+
+
+def _verdict(
+    ac: Fraction | None, metered: Fraction, ratio: Fraction | None, coverage: Fraction
+) -> str:
+    if ac is None:
+        return "no_meter"
+    if coverage < Fraction(9, 10):
+        return "insufficient_data"
+    if ac == 0 and metered > 0:
+        return "above_one"
+    if ratio is not None and ratio > 1:
+        return "above_one"
+    if ratio is not None and ratio < Fraction(85, 100):
+        return "below_threshold"
+    return "ok"
+
+
+class World(Story):
+    """The same story, told to the database as well."""
+
+    def __init__(self, db: psycopg.Connection[Any]) -> None:
+        super().__init__()
+        self.db = db
+
+    def add_meter(self, meter_id: str, kind: str = "interval", seconds: float = 60) -> str:
+        self.meters[meter_id] = Device(kind, seconds)
+        self._declare("meter", meter_id, kind, seconds)
+        return meter_id
+
+    def add_vehicle(self, vehicle_id: str, kind: str = "interval", seconds: float = 60) -> str:
+        self.vehicles[vehicle_id] = Device(kind, seconds)
+        self._declare("vehicle", vehicle_id, kind, seconds)
+        return vehicle_id
+
+    def _declare(self, table: str, device: str, kind: str, seconds: float) -> None:
+        self.db.execute(
+            f"INSERT INTO {table} VALUES (%s, %s, %s)"
+            f" ON CONFLICT ({table}_id) DO UPDATE SET energy_kind = excluded.energy_kind,"
+            " reporting_interval = excluded.reporting_interval",
+            (device, kind, timedelta(seconds=seconds)),
+        )
+
+    def assign(
+        self, meter_id: str, vehicle_id: str, since: datetime, until: datetime | None = None
+    ) -> None:
+        self.assignments.append(Assignment(meter_id, vehicle_id, since, until))
+        self.db.execute(
+            "INSERT INTO charging_assignment (meter_id, vehicle_id, during)"
+            " VALUES (%s, %s, tstzrange(%s, %s))",
+            (meter_id, vehicle_id, since, until),
+        )
+
+    def read_meter(self, meter_id: str, readings: Iterable[Reading]) -> None:
+        """Store readings in one transaction; of one instant the first stays."""
+        known = self.meter_readings.setdefault(meter_id, {})
+        new = _first_of_each(readings, known)
+        self.db.execute(
+            "INSERT INTO meter_telemetry_history"
+            " SELECT %s, ts, kwh, 230, ts FROM unnest(%s::timestamptz[], %s::float8[]) r(ts, kwh)"
+            " ON CONFLICT DO NOTHING",
+            (meter_id, [r.ts for r in new], [r.kwh for r in new]),
+        )
+
+    def read_vehicle(self, vehicle_id: str, readings: Iterable[Reading]) -> None:
+        """The same for a vehicle."""
+        known = self.vehicle_readings.setdefault(vehicle_id, {})
+        new = _first_of_each(readings, known)
+        self.db.execute(
+            "INSERT INTO vehicle_telemetry_history SELECT %s, ts, 50, kwh, celsius, ts"
+            " FROM unnest(%s::timestamptz[], %s::float8[], %s::float8[]) r(ts, kwh, celsius)"
+            " ON CONFLICT DO NOTHING",
+            (vehicle_id, [r.ts for r in new], [r.kwh for r in new], [r.celsius for r in new]),
+        )
+
+    def refresh(self, since: datetime | None = None, until: datetime | None = None) -> None:
+        """Roll up both classes by the hour; None: without end."""
+        for rollup in ("meter_hourly", "vehicle_hourly"):
+            self.refresh_one(rollup, since, until)
+
+    def refresh_one(self, rollup: str, since: datetime | None, until: datetime | None) -> None:
+        self.db.execute(
+            "CALL refresh_continuous_aggregate(%s::regclass, %s::timestamptz, %s::timestamptz)",
+            (rollup, since, until),
+        )
+
+    def fetch(self, vehicle_id: str, since: datetime, until: datetime) -> dict[str, Any] | None:
+        with self.db.cursor(row_factory=dict_row) as cursor:
+            cursor.execute(
+                "SELECT * FROM vehicle_performance_v1(%s, %s, %s)", (vehicle_id, since, until)
+            )
+            rows = cursor.fetchall()
+        assert len(rows) <= 1
+        return rows[0] if rows else None
+
+    def check(self, vehicle_id: str, since: datetime, until: datetime) -> dict[str, Any]:
+        """Hold the answer against the oracle; returns it."""
+        answer = self.fetch(vehicle_id, since, until)
+        expected = self.performance(vehicle_id, since, until)
+        difference = differ(answer, expected)
+        assert not difference, f"{vehicle_id} {since} .. {until}: {'; '.join(difference)}"
+        assert answer is not None
+        return answer
+
+
+def _first_of_each(readings: Iterable[Reading], known: dict[datetime, Reading]) -> list[Reading]:
+    new = []
+    for reading in readings:
+        if reading.ts not in known:
+            known[reading.ts] = reading
+            new.append(reading)
+    return new
+
+
+def differ(answer: dict[str, Any] | None, expected: dict[str, Any] | None) -> list[str]:
+    """What is not the same, figures to 1e-9 relative; a verdict may fall either way at a limit."""
+    if answer is None or expected is None:
+        return [] if answer is expected else [f"{answer} instead of {expected}"]
+    assert list(answer) == list(expected)
+    wrong = []
+    for name, wanted in expected.items():
+        given = answer[name]
+        if isinstance(wanted, float) and isinstance(given, float):
+            same = math.isclose(given, wanted, rel_tol=1e-9, abs_tol=1e-9 if "temp" in name else 0)
+        elif name == "verdict":
+            same = given == wanted or _at_a_limit(expected)
+        else:
+            same = given == wanted
+        if not same:
+            wrong.append(f"{name} is {given}, not {wanted}")
+    return wrong
+
+
+def _at_a_limit(expected: dict[str, Any]) -> bool:
+    ratio = expected["efficiency_ratio"]
+    return any(
+        math.isclose(value, limit, rel_tol=1e-9)
+        for value, limit in (
+            (1.0 if ratio is None else ratio, 1.0),
+            (0.0 if ratio is None else ratio, 0.85),
+            (expected["ac_coverage"], 0.9),
+            (expected["dc_coverage"], 0.9),
+        )
+    )
+
+
+def every(
+    seconds: float,
+    since: datetime,
+    count: int,
+    kwh: float,
+    celsius: float = 20.0,
+) -> list[Reading]:
+    """`count` readings of the same kWh, one each `seconds`, from `since` on."""
+    return [Reading(since + timedelta(seconds=seconds * i), kwh, celsius) for i in range(count)]
+
+
+def counter(
+    seconds: float, since: datetime, count: int, start: float, step: float, celsius: float = 20.0
+) -> list[Reading]:
+    """A register that begins at `start` and grows by `step`."""
+    return [
+        Reading(since + timedelta(seconds=seconds * i), start + step * i, celsius)
+        for i in range(count)
+    ]
+
+
+def utc(*parts: int) -> datetime:
+    return datetime(*parts, tzinfo=UTC)  # type: ignore[misc,arg-type]

@@ -17,10 +17,10 @@ demo: $(READY) ## the same with a simulated fleet: 24 h back-filled, then live
 	@$(BIN)/energy-platform up --demo
 
 test: $(READY) ## set up, then run the tests
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto --dist loadfile
 
 test-long: $(READY) ## the tests with many more random examples and kill rounds
-	@ENERGY_TEST_PROFILE=long $(BIN)/pytest
+	@ENERGY_TEST_PROFILE=long $(BIN)/pytest -n auto --dist loadfile
 
 check: $(READY) ## lint, format and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

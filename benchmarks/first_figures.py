@@ -2,9 +2,9 @@
 
     python benchmarks/first_figures.py --url http://127.0.0.1:8080
 
-The service should hold a simulated fleet first (`energy-platform simulate --duration PT0S`). Client,
-service and database share the machine: only ratios taken in one run travel to another one. Medians
-of several rounds.
+The service should hold a simulated fleet first (`energy-platform simulate --duration PT0S`).
+Client, service and database share the machine: only ratios taken in one run travel to another one.
+Medians of several rounds.
 """
 
 import argparse

@@ -65,12 +65,6 @@ DECLARE
   wanted jsonb;
   refresh constant text := 'policy_refresh_continuous_aggregate';
 BEGIN
-  -- The daily refresh reaches two days further back than the hourly one, and begins at a whole day.
-  IF hourly_retention < refresh_start + INTERVAL '3 days' THEN
-    RAISE EXCEPTION 'hourly_retention must be at least refresh_start and 3 days, or a refresh that '
-      'reaches dropped hours erases their daily rollup'
-      USING ERRCODE = 'invalid_parameter_value';
-  END IF;
   FOREACH class IN ARRAY ARRAY['meter', 'vehicle'] LOOP
     PERFORM public.set_chunk_time_interval(
       format('public.%s_telemetry_history', class)::regclass, chunk);
@@ -168,8 +162,8 @@ END $$;
 
 -- How many raw readings before an instant the hourly rollup lacks. The refresh window reaches all
 -- that is accepted, if it runs: after an outage of days, late readings can have aged past it.
--- History only grows, so hours whose counts agree are right, whatever the dirty log says (dropping a chunk
--- marks an hour of the next one).
+-- History only grows, so hours whose counts agree are right, whatever the dirty log says (dropping
+-- a chunk marks an hour of the next one).
 CREATE OR REPLACE FUNCTION unrolled_readings(device_class text, before timestamptz)
 RETURNS bigint LANGUAGE plpgsql STABLE AS $$
 DECLARE

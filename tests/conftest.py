@@ -45,6 +45,14 @@ class Clock:
         return self.now
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What only a server can prove is skipped without one, and says so."""
+    if item.get_closest_marker("server") and not os.environ.get("ENERGY_TEST_DATABASE_URL"):
+        pytest.skip(
+            "ENERGY_TEST_DATABASE_URL is unset: what sessions do to each other is not proved"
+        )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

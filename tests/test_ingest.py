@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import datetime, timedelta
@@ -27,15 +26,6 @@ HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
 
 Db = psycopg.Connection[Any]
-
-
-def server_only(test: Callable[..., Any]) -> Callable[..., Any]:
-    """What one backend cannot prove."""
-    reason = "ENERGY_TEST_DATABASE_URL is unset: what sessions do to each other is not proved"
-    given = os.environ.get("ENERGY_TEST_DATABASE_URL")
-    skip = pytest.mark.skipif(not given, reason=reason)
-    marked: Callable[..., Any] = pytest.mark.server(skip(test))
-    return marked
 
 
 def meter(device_id: str = "M-1", ts: datetime = NOON, kwh: float = 1.0) -> MeterReading:
@@ -292,7 +282,7 @@ def test_a_reading_that_the_database_refuses_costs_itself_alone(
     assert (single.status_code, single.json()["code"]) == (422, "refused")
 
 
-@server_only
+@pytest.mark.server
 def test_a_full_queue_is_503_and_an_empty_one_takes_any_body(
     dsn: str, db: Db, clock: Clock
 ) -> None:
@@ -316,7 +306,7 @@ def test_a_full_queue_is_503_and_an_empty_one_takes_any_body(
     run(dsn, clock, scenario, queue_readings_max=5)
 
 
-@server_only
+@pytest.mark.server
 def test_a_full_queue_is_503_with_retry_after(
     start_service: StartService, dsn: str, db: Db
 ) -> None:
@@ -386,7 +376,7 @@ def end_writer(db: Db) -> int:
     return len(rows.fetchall())
 
 
-@server_only
+@pytest.mark.server
 def test_a_lost_connection_neither_loses_nor_doubles(dsn: str, db: Db, clock: Clock) -> None:
     """The server ends the writer's connection, idle and in the middle of a transaction."""
 
@@ -409,7 +399,7 @@ def test_a_lost_connection_neither_loses_nor_doubles(dsn: str, db: Db, clock: Cl
     assert rows == [("M-0",), ("M-1",), ("M-2",)]
 
 
-@server_only
+@pytest.mark.server
 def test_a_commit_whose_answer_is_lost_is_told_from_a_duplicate(
     dsn: str, db: Db, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,7 +431,7 @@ def test_a_commit_whose_answer_is_lost_is_told_from_a_duplicate(
     assert db.execute("SELECT count FROM quarantine").fetchall() == [(1,)]
 
 
-@server_only
+@pytest.mark.server
 def test_the_service_answers_503_while_the_database_is_away_and_recovers(
     api: httpx.Client, db: Db, dsn: str
 ) -> None:

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from energy_platform import schema
+from energy_platform.errors import SetupError
 from energy_platform.settings import Settings, load_settings
 from oracle import Reading, World, counter
 
@@ -400,3 +401,30 @@ def test_expired_quarantine_is_swept(db: psycopg.Connection[Any], now: datetime)
     assert db.execute(
         "SELECT count(*) FROM job_run WHERE started_at < %s", (now - 90 * DAY,)
     ).fetchone() == (0,)
+
+
+def test_old_readings_are_not_let_go_for_want_of_a_setting(
+    dsn: str, db: psycopg.Connection[Any], now: datetime
+) -> None:
+    """A later start without the late window of the first would drop what was imported."""
+    old = Settings(late_window=9000 * DAY)
+    schema.migrate(dsn, old)
+    schema.migrate(dsn, Settings())  # nothing is that old yet
+    schema.migrate(dsn, old)
+    db.execute(
+        "INSERT INTO meter_telemetry_history VALUES ('M-1', %s, 1, 230, %s)",
+        (now - 3000 * DAY, now),
+    )
+    with pytest.raises(SetupError, match="would be dropped") as refused:
+        schema.migrate(dsn, Settings())
+    assert refused.value.hint is not None
+    assert "ENERGY_LATE_WINDOW as before (P9000D)" in refused.value.hint
+    schema.migrate(dsn, old)
+    schema.migrate(dsn, Settings(raw_retention=400 * DAY))  # said in so many words
+
+
+def test_what_autovacuum_would_do_can_be_done(db: psycopg.Connection[Any]) -> None:
+    schema.vacuum(db)
+    assert db.execute(
+        "SELECT reltuples >= 0 FROM pg_class WHERE relname = 'meter_live_status'"
+    ).fetchone() == (True,)

@@ -1,7 +1,6 @@
 """Do two that do the same at the same moment leave what one of them alone would have left?"""
 
 import asyncio
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -19,13 +18,7 @@ from energy_platform.readings import Batch, MeterReading, Reading, VehicleReadin
 
 Db = psycopg.Connection[Any]
 
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.skipif(
-        not os.environ.get("ENERGY_TEST_DATABASE_URL"),
-        reason="ENERGY_TEST_DATABASE_URL is unset: what sessions do to each other is not proved",
-    ),
-]
+pytestmark = pytest.mark.server
 
 DEVICES = 150
 HOURS = (0, 3, 50)  # on time, late, late by days

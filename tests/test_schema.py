@@ -130,6 +130,7 @@ def test_migrating_again_changes_nothing(dsn: str, db: psycopg.Connection[Any]) 
     assert db.execute(jobs).fetchall() == jobs_before
 
 
+@pytest.mark.server  # on the embedded engine the folder's lock keeps others out
 def test_migrates_at_once_wait_for_each_other(make_database: Callable[[], str]) -> None:
     empty = make_database()
     applied: list[list[str]] = []

@@ -56,13 +56,28 @@ def migrate(dsn: str, settings: Settings) -> list[str]:
                 connection.execute(path.read_bytes())
         if not _trust_rollup(connection):
             connection.execute(_SQL["distrust_rollup"])
-        try:
-            connection.execute(_SQL["reconcile_policies"], settings.retention._asdict())
-        except psycopg.errors.InvalidParameterValue as error:
-            raise SetupError(
-                f"These settings would lose data: {error.diag.message_primary}."
-            ) from error
+        _check_kept(connection, settings)
+        connection.execute(_SQL["reconcile_policies"], settings.retention._asdict())
     return applied
+
+
+def _check_kept(connection: psycopg.Connection[Any], settings: Settings) -> None:
+    """Refuse to drop, for want of a setting, what an earlier start was told to keep.
+
+    Raises: SetupError where the raw retention becomes shorter, by default, and readings are older.
+    """
+    if settings.raw_retention is not None:
+        return
+    retention = settings.retention.raw_retention
+    row = connection.execute(_SQL["fetch_kept"], {"raw_retention": retention}).fetchone()
+    if row is not None:
+        kept, oldest = row
+        raise SetupError(
+            f"There are readings since {oldest:%Y-%m-%d}, kept for {kept.days} days so far; with "
+            f"these settings those older than {retention.days} days would be dropped.",
+            hint=f"set ENERGY_LATE_WINDOW as before (P{(kept - timedelta(days=20)).days}D), or "
+            f"ENERGY_RAW_RETENTION=P{retention.days}D to let them go",
+        )
 
 
 def _trust_rollup(connection: psycopg.Connection[Any]) -> bool:
@@ -320,6 +335,11 @@ def _refresh_dirty(
             (rollup, since, until),
         )
     return True
+
+
+def vacuum(connection: psycopg.Connection[Any]) -> None:
+    """What autovacuum does on a server, for the tables whose rows change."""
+    connection.execute(_SQL["vacuum"])
 
 
 def _log_run(run: JobRun) -> None:

@@ -52,6 +52,20 @@ CREATE OR REPLACE FUNCTION rollup_dirty_ranges(rollup name, since timestamptz, u
 RETURNS TABLE (lowest timestamptz, highest timestamptz)
 LANGUAGE sql STABLE AS $$ SELECT since, until $$
 
+-- name: fetch_kept
+-- The raw retention so far and the oldest raw chunk, where a shorter one would drop it.
+SELECT kept, oldest FROM (
+  SELECT max((j.config ->> 'drop_after')::interval) AS kept,
+         min(lower(raw_chunk_ranges(j.hypertable_name, '-infinity', now()))) AS oldest
+  FROM timescaledb_information.jobs j
+  WHERE j.proc_name = 'policy_retention'
+    AND j.hypertable_name IN ('meter_telemetry_history', 'vehicle_telemetry_history')) k
+WHERE kept > %(raw_retention)s AND oldest < now() - %(raw_retention)s
+
+-- name: vacuum
+VACUUM (ANALYZE) meter_live_status, vehicle_live_status, meter, vehicle, charging_assignment,
+                 quarantine, job_run
+
 -- name: fetch_applied
 -- The migrations that this database has.
 SELECT migration_id FROM _yoyo_migration

@@ -229,6 +229,11 @@ def check_retention(settings: Settings) -> list[str]:
             "raw_retention must be at least refresh_start and a chunk, or a refresh that reaches "
             "dropped chunks erases their rollup"
         )
+    if retention.hourly_retention < retention.refresh_start + timedelta(days=3):
+        wrong.append(
+            "hourly_retention must be at least refresh_start and 3 days, or a refresh that reaches "
+            "dropped hours erases their daily rollup"
+        )
     if retention.hourly_retention <= retention.raw_retention:
         wrong.append(
             "hourly_retention must be over raw_retention, or nothing is left of what is dropped"

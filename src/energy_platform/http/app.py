@@ -35,6 +35,7 @@ from energy_platform.settings import Settings
 _log = logging.getLogger("energy_platform.http")
 
 JOB_PAUSE_SECONDS: Final = 30.0
+VACUUM_PAUSE_SECONDS: Final = 3600.0
 INGEST_PATH: Final = "/v1/ingest"
 
 _SLASH_OR_PERCENT: Final = re.compile("(%2[Ff]|%25)")
@@ -165,15 +166,19 @@ async def _job_loop(dsn: str, clock: Callable[[], datetime]) -> AsyncIterator[No
     stopping = threading.Event()
 
     def run() -> None:
-        while not stopping.wait(JOB_PAUSE_SECONDS if run_before else 1.0):
-            run_before.append(True)
+        pause = 1.0
+        vacuumed = time.monotonic()
+        while not stopping.wait(pause):
+            pause = JOB_PAUSE_SECONDS
             try:
                 with database.connect_now(dsn, "energy-platform jobs") as connection:
                     schema.run_due_jobs(connection, clock, stop=stopping.is_set)
+                    if time.monotonic() - vacuumed > VACUUM_PAUSE_SECONDS:
+                        schema.vacuum(connection)
+                        vacuumed = time.monotonic()
             except (EnergyError, psycopg.Error) as error:
                 _log.warning("jobs put off", extra={"error": str(error)})
 
-    run_before: list[bool] = []
     thread = asyncio.create_task(asyncio.to_thread(run))
     try:
         yield

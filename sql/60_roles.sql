@@ -37,7 +37,10 @@ GRANT SELECT ON
   meter_hourly, vehicle_hourly, meter_daily, vehicle_daily,
   meter_energy_hourly_v1, vehicle_energy_hourly_v1, meter_energy_daily_v1, vehicle_energy_daily_v1
 TO energy_reader;
-GRANT EXECUTE ON FUNCTION vehicle_performance_v1(text, timestamptz, timestamptz) TO energy_reader;
+GRANT EXECUTE ON FUNCTION
+  vehicle_performance_v1(text, timestamptz, timestamptz),
+  vehicle_performance_series_v1(text, timestamptz, timestamptz, interval, text)
+TO energy_reader;
 -- Real-time aggregates and the energy views evaluate these with the rights of the one who asks.
 GRANT EXECUTE ON FUNCTION
   register_step(float8, float8), counter_increase_next(float8[], float8),

@@ -152,6 +152,11 @@ BEGIN
   END LOOP;
 END $$;
 
+COMMENT ON FUNCTION vehicle_performance_series_v1(
+  text, timestamptz, timestamptz, interval, text) IS
+  'vehicle_performance_v1() for each hour or day of the window, by the clocks of a time zone.';
+COMMENT ON FUNCTION local_edges(timestamptz, timestamptz, interval, text) IS
+  'Where a window begins, and where local hours or days begin in it.';
 COMMENT ON FUNCTION vehicle_performance_v1(text, timestamptz, timestamptz) IS
   'What a vehicle took and what its meters gave in since <= ts < until, exact over all committed rows at once. One row; none for an unknown vehicle. kWh, degrees Celsius. SQLSTATE ENR01 where an edge cuts an hour whose raw rows are gone; its DETAIL is the oldest instant that can be cut.';
 COMMENT ON FUNCTION assigned_pieces(text, timestamptz, timestamptz) IS

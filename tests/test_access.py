@@ -39,6 +39,7 @@ def meter(device_id: str = "M-1", **fields: Any) -> dict[str, Any]:
 ROUTES: list[tuple[str, str, str | None, Any]] = [
     ("POST", "/v1/ingest", "ingest", meter()),
     ("GET", "/v1/analytics/performance/V-1", "read", None),
+    ("GET", "/v1/analytics/performance/V-1/series", "read", None),
     ("GET", "/v1/live/meters", "read", None),
     ("GET", "/v1/live/vehicles", "read", None),
     ("GET", "/v1/live/meters/M-1", "read", None),

@@ -782,6 +782,7 @@ def test_schema_is_a_page_that_works_offline(api: httpx.Client) -> None:
 ROUTES = {
     "/v1/ingest": {"post"},
     "/v1/analytics/performance/{vehicleId}": {"get"},
+    "/v1/analytics/performance/{vehicleId}/series": {"get"},
     "/v1/live/vehicles": {"get"},
     "/v1/live/meters": {"get"},
     "/v1/live/vehicles/{vehicleId}": {"get"},

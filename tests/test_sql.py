@@ -56,7 +56,10 @@ def test_the_reader_reads_what_is_documented_and_nothing_else(db: psycopg.Connec
     assert allowed("energy_reader", "SELECT") == READABLE
     for right in ("INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER"):
         assert allowed("energy_reader", right) == set()
-    assert executable("energy_reader") == ARITHMETIC | {"vehicle_performance_v1"}
+    assert executable("energy_reader") == ARITHMETIC | {
+        "vehicle_performance_v1",
+        "vehicle_performance_series_v1",
+    }
 
     histories = {"meter_telemetry_history", "vehicle_telemetry_history"}
     live = {"meter_live_status", "vehicle_live_status"}

@@ -1,8 +1,8 @@
 """The answers. What they mean is written in SQL; here they are fetched."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import msgspec
 import psycopg
@@ -10,9 +10,12 @@ from psycopg import AsyncConnection
 from psycopg.rows import class_row
 
 from energy_platform import database
-from energy_platform.errors import NotFoundError, UnprocessableError
+from energy_platform.errors import MalformedError, NotFoundError, UnprocessableError
 
 _SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
+
+Bucket = Literal["PT1H", "P1D"]
+_BUCKETS: Final[dict[Bucket, timedelta]] = {"PT1H": timedelta(hours=1), "P1D": timedelta(days=1)}
 
 RAW_EXPIRED_STATE = "ENR01"  # raised by check_edge() in sql/20_measures.sql
 
@@ -35,6 +38,17 @@ class Performance(msgspec.Struct, rename="camel"):
     verdict: str
 
 
+class Series(msgspec.Struct, rename="camel"):
+    """The same measures for each bucket of a window, the first and the last cut by it."""
+
+    vehicle_id: str
+    since: datetime
+    until: datetime
+    bucket: Bucket
+    time_zone: str
+    buckets: list[Performance]
+
+
 async def fetch_performance(
     pool: database.Pool, vehicle_id: str, since: datetime, until: datetime
 ) -> Performance:
@@ -44,14 +58,50 @@ async def fetch_performance(
     UnprocessableError `raw_expired` where an edge cuts an hour whose raw readings are gone.
     """
     parameters = {"vehicle_id": vehicle_id, "since": since, "until": until}
+    (performance,) = await _fetch(pool, "fetch_performance", parameters)
+    return performance
 
-    async def query(connection: AsyncConnection[Any]) -> Performance | None:
+
+async def fetch_series(
+    pool: database.Pool,
+    vehicle_id: str,
+    since: datetime,
+    until: datetime,
+    bucket: Bucket,
+    time_zone: str,
+) -> Series:
+    """The performance of one vehicle by hours or days of a time zone, in one snapshot.
+
+    Raises: as fetch_performance, and MalformedError for a time zone that is none.
+    """
+    parameters = {
+        "vehicle_id": vehicle_id,
+        "since": since,
+        "until": until,
+        "bucket": _BUCKETS[bucket],
+        "time_zone": time_zone,
+    }
+    try:
+        buckets = await _fetch(pool, "fetch_series", parameters)
+    except psycopg.errors.InvalidParameterValue as error:
+        raise MalformedError(
+            f"timeZone: {error.diag.message_primary}", code="bad_parameter", parameter="timeZone"
+        ) from error
+    return Series(vehicle_id, since, until, bucket, time_zone, buckets)
+
+
+async def _fetch(
+    pool: database.Pool, query_name: str, parameters: dict[str, Any]
+) -> list[Performance]:
+    """The rows of a query about one vehicle, at least one."""
+
+    async def query(connection: AsyncConnection[Any]) -> list[Performance]:
         async with connection.cursor(row_factory=class_row(Performance)) as cursor:
-            await cursor.execute(_SQL["fetch_performance"], parameters)
-            return await cursor.fetchone()
+            await cursor.execute(_SQL[query_name], parameters)
+            return await cursor.fetchall()
 
     try:
-        performance = await database.read(pool, query)
+        rows = await database.read(pool, query)
     except psycopg.DatabaseError as error:
         if error.sqlstate != RAW_EXPIRED_STATE:
             raise
@@ -62,9 +112,9 @@ async def fetch_performance(
             hint=error.diag.message_hint,
             oldest=oldest,
         ) from error
-    if performance is None:
+    if not rows:
         raise NotFoundError(
-            f"No vehicle {vehicle_id!r} was ever declared, assigned or heard.",
+            f"No vehicle {parameters['vehicle_id']!r} was ever declared, assigned or heard.",
             code="unknown_vehicle",
         )
-    return performance
+    return rows

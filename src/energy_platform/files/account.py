@@ -148,7 +148,7 @@ def render_account(account: Account) -> str:
     if account.first and account.begun_at - account.first > Settings().late_window:
         setting = late_window_setting(account.options.late_window)
         say("KEEP", f"{setting} set for `up`, `serve`, `migrate`:")
-        say("", "without it their next start lets readings of this age be dropped")
+        say("", "without it their next start is refused, for it would drop these readings")
     if account.first and account.last:
         lines += _render_questions(account, account.first, account.last)
     return "\n".join(lines)

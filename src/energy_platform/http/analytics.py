@@ -6,15 +6,18 @@ from litestar.di import NamedDependency
 from energy_platform import fleet, performance
 from energy_platform.http.access import require
 from energy_platform.http.parameters import (
+    Buckets,
     Cursor,
     Hours,
     Limit,
     MeterId,
     Page,
+    TimeZone,
     Until,
     VehicleId,
     decode_cursor,
     decode_path_id,
+    decode_time_zone,
     decode_window,
     page_of,
 )
@@ -28,6 +31,22 @@ async def get_performance(
     since, end = decode_window(until, hours, service.clock())
     device_id = decode_path_id("vehicleId", vehicle_id)
     return await performance.fetch_performance(service.read_pool, device_id, since, end)
+
+
+@get("/analytics/performance/{vehicle_id:str}/series", summary="The same by hours or days")
+async def get_series(
+    service: NamedDependency[Service],
+    vehicle_id: VehicleId,
+    until: Until = None,
+    hours: Hours = 24,
+    bucket: Buckets = "PT1H",
+    time_zone: TimeZone = "UTC",
+) -> performance.Series:
+    since, end = decode_window(until, hours, service.clock())
+    device_id = decode_path_id("vehicleId", vehicle_id)
+    return await performance.fetch_series(
+        service.read_pool, device_id, since, end, bucket, decode_time_zone(time_zone)
+    )
 
 
 @get("/live/vehicles", summary="The newest reading of each vehicle")
@@ -68,6 +87,7 @@ router = Router(
     "/v1",
     route_handlers=[
         get_performance,
+        get_series,
         list_live_vehicles,
         list_live_meters,
         get_live_vehicle,

@@ -11,6 +11,7 @@ import msgspec
 from litestar.params import PathParameter, QueryParameter
 
 from energy_platform.errors import MalformedError
+from energy_platform.performance import Bucket
 from energy_platform.readings import DEVICE_ID_PATTERN, Instant
 
 T = TypeVar("T")
@@ -25,6 +26,14 @@ Hours = Annotated[
 ]
 Until = Annotated[
     str | None, QueryParameter(description="end of the window, an RFC 3339 instant; default: now")
+]
+Buckets = Annotated[Bucket, QueryParameter(description="an hour or a local day")]
+TimeZone = Annotated[
+    str,
+    QueryParameter(
+        name="timeZone",
+        description="IANA name of the zone whose clocks begin a bucket",
+    ),
 ]
 Limit = Annotated[int, QueryParameter(ge=1, le=PAGE_MAX, description="rows in a page")]
 Cursor = Annotated[str | None, QueryParameter(description="nextCursor of the page before")]
@@ -90,6 +99,16 @@ def decode_window(until: str | None, hours: int, now: datetime) -> tuple[datetim
         return end - timedelta(hours=hours), end
     except OverflowError:
         raise _bad("until", "the window would begin before the year 1") from None
+
+
+def decode_time_zone(name: str) -> str:
+    """The name of a time zone; whether there is such a zone is the database's to say.
+
+    Raises: MalformedError.
+    """
+    if not re.match(r"[A-Za-z][A-Za-z0-9_+/-]{0,63}\Z", name):
+        raise _bad("timeZone", "an IANA name such as Europe/Paris")
+    return name
 
 
 def decode_id(name: str, value: str) -> str:

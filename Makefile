@@ -41,7 +41,7 @@ $(READY): requirements/main.txt requirements/node.txt pyproject.toml \
 	@$(BIN)/python -m energy_platform.embedded.install
 	@touch $@
 
-lock: ## write requirements/*.txt anew from requirements/*.in
+lock: ## write requirements/*.txt anew from requirements/*.in (needs pip-tools)
 	@cd requirements && for name in main node; do \
 		pip-compile -q --upgrade --generate-hashes --allow-unsafe --strip-extras --no-header \
 			--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \

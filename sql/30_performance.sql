@@ -66,7 +66,7 @@ BEGIN
   answer.ac_readings := ac_readings;
   answer.average_battery_temp := temp_sum / nullif(answer.dc_readings, 0);
   answer.efficiency_ratio :=
-    answer.metered_kwh_delivered_dc / nullif(answer.total_kwh_consumed_ac, 0);
+    public.float_ratio(answer.metered_kwh_delivered_dc, answer.total_kwh_consumed_ac);
   answer.dc_coverage := least(1, answer.dc_readings * device.interval_seconds
     / extract(epoch FROM window_until - window_since)::float8);
   answer.ac_coverage := CASE
@@ -75,11 +75,23 @@ BEGIN
     WHEN answer.total_kwh_consumed_ac IS NULL THEN 'no_meter'
     WHEN least(answer.ac_coverage, answer.dc_coverage) < 0.9 THEN 'insufficient_data'
     WHEN answer.efficiency_ratio > 1 THEN 'above_one'
-    WHEN answer.total_kwh_consumed_ac = 0 AND answer.metered_kwh_delivered_dc > 0 THEN 'above_one'
+    WHEN answer.efficiency_ratio IS NULL
+         AND answer.metered_kwh_delivered_dc > answer.total_kwh_consumed_ac THEN 'above_one'
     WHEN answer.efficiency_ratio < 0.85 THEN 'below_threshold'
     ELSE 'ok' END;
   RETURN NEXT answer;
 END $$;
+
+-- A quotient of two figures that are not negative; NULL where there is none, or none that a float8
+-- can hold, and 0 below the smallest. PostgreSQL would raise an error for the last two.
+CREATE OR REPLACE FUNCTION float_ratio(dividend float8, divisor float8) RETURNS float8
+LANGUAGE sql IMMUTABLE AS $$
+  SELECT CASE WHEN divisor IS NULL OR divisor = 0 THEN NULL
+              WHEN dividend = 0 THEN 0
+              WHEN ln(dividend) - ln(divisor) > 709 THEN NULL
+              WHEN ln(dividend) - ln(divisor) < -708 THEN 0
+              ELSE dividend / divisor END
+$$;
 
 -- The window of a vehicle, cut where its assignments begin and end; meter_id is NULL where it hung
 -- on none. With the meter's kind and its interval in seconds.

@@ -147,6 +147,7 @@ DECLARE
   safe boolean := NOT EXISTS (
       SELECT FROM public.job_status s
       WHERE s.job = 'policy_refresh_continuous_aggregate'
+        AND s.relation IN ('meter_hourly', 'vehicle_hourly', 'meter_daily', 'vehicle_daily')
         AND (NOT s.last_ok OR s.last_succeeded IS NULL
              OR s.last_succeeded < now() - INTERVAL '1 hour' - 3 * s.schedule_interval))
     AND NOT EXISTS (
@@ -155,9 +156,11 @@ DECLARE
         AND j.hypertable_name = c.class || '_telemetry_history'
         AND public.unrolled_readings(c.class, now() - (j.config ->> 'drop_after')::interval) > 0);
 BEGIN
-  PERFORM public.alter_job(j.job_id, scheduled => safe)
-  FROM timescaledb_information.jobs j
-  WHERE j.proc_name = 'policy_retention' AND j.scheduled <> safe;
+  PERFORM public.alter_job(s.job_id, scheduled => safe)
+  FROM public.job_status s
+  WHERE s.job = 'policy_retention' AND s.scheduled <> safe
+    AND s.relation IN ('meter_telemetry_history', 'vehicle_telemetry_history',
+                       'meter_hourly', 'vehicle_hourly');
 END $$;
 
 -- How many raw readings before an instant the hourly rollup lacks. The refresh window reaches all
@@ -180,17 +183,19 @@ BEGIN
       (device_class || '_hourly')::name, lower(chunks), before))) r
   LOOP
     IF device_class = 'meter' THEN
-      missing := missing
-        + (SELECT count(*) FROM public.meter_telemetry_history h
-           WHERE h.ts >= lower(piece) AND h.ts < upper(piece))
-        - (SELECT coalesce(sum(h.readings), 0) FROM public.meter_hourly_materialized h
-           WHERE h.hour >= lower(piece) AND h.hour < upper(piece));
+      missing := missing + (
+        SELECT coalesce(sum(greatest(r.readings - coalesce(h.readings, 0), 0)), 0)
+        FROM (SELECT meter_id, date_bin('1 hour', ts, 'epoch') AS hour, count(*) AS readings
+              FROM public.meter_telemetry_history
+              WHERE ts >= lower(piece) AND ts < upper(piece) GROUP BY 1, 2) r
+        LEFT JOIN public.meter_hourly_materialized h USING (meter_id, hour));
     ELSE
-      missing := missing
-        + (SELECT count(*) FROM public.vehicle_telemetry_history h
-           WHERE h.ts >= lower(piece) AND h.ts < upper(piece))
-        - (SELECT coalesce(sum(h.readings), 0) FROM public.vehicle_hourly_materialized h
-           WHERE h.hour >= lower(piece) AND h.hour < upper(piece));
+      missing := missing + (
+        SELECT coalesce(sum(greatest(r.readings - coalesce(h.readings, 0), 0)), 0)
+        FROM (SELECT vehicle_id, date_bin('1 hour', ts, 'epoch') AS hour, count(*) AS readings
+              FROM public.vehicle_telemetry_history
+              WHERE ts >= lower(piece) AND ts < upper(piece) GROUP BY 1, 2) r
+        LEFT JOIN public.vehicle_hourly_materialized h USING (vehicle_id, hour));
     END IF;
   END LOOP;
   RETURN missing;

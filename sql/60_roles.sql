@@ -15,7 +15,12 @@ BEGIN
   END LOOP;
 END $$;
 
--- Nothing by default: a function is otherwise open to everyone.
+-- Nothing by default: a function is otherwise open to everyone. No temporary tables either: on the
+-- embedded engine they would be there for every session, in front of ours.
+DO $$ BEGIN
+  EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC, energy_reader, energy_ingest',
+                 current_database());
+END $$;
 REVOKE ALL ON ALL TABLES IN SCHEMA public FROM energy_reader, energy_ingest;
 DO $$
 DECLARE
@@ -53,4 +58,4 @@ TO energy_reader, energy_ingest;
 GRANT SELECT, INSERT ON meter_telemetry_history, vehicle_telemetry_history TO energy_ingest;
 GRANT SELECT, INSERT, UPDATE ON meter_live_status, vehicle_live_status, quarantine TO energy_ingest;
 GRANT SELECT, INSERT ON meter, vehicle TO energy_ingest;
-GRANT SELECT ON api_key, charging_assignment TO energy_ingest;
+GRANT SELECT ON charging_assignment TO energy_ingest;

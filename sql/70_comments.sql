@@ -152,6 +152,8 @@ BEGIN
   END LOOP;
 END $$;
 
+COMMENT ON FUNCTION float_ratio(float8, float8) IS
+  'A quotient of two figures that are not negative; NULL where a float8 cannot hold it.';
 COMMENT ON FUNCTION vehicle_performance_series_v1(
   text, timestamptz, timestamptz, interval, text) IS
   'vehicle_performance_v1() for each hour or day of the window, by the clocks of a time zone.';

@@ -501,9 +501,12 @@ def test_a_device_is_declared_changed_and_read(api: httpx.Client, kind: str) -> 
     answer = api.put(path, json=declared)
     assert (answer.status_code, answer.json()) == (200, {f"{kind}Id": "D-1", **declared})
     assert api.get(path).json() == {f"{kind}Id": "D-1", **declared}
-    default = {f"{kind}Id": "D-1", "energyKind": "interval", "reportingInterval": "PT60S"}
-    assert api.put(path, json={}).json() == default
-    assert api.get(f"/v1/{kind}s").json() == {"items": [default], "nextCursor": None}
+    changed = {f"{kind}Id": "D-1", "energyKind": "interval", "reportingInterval": "PT60S"}
+    assert api.put(path, json=changed | {f"{kind}Id": "D-1"}).status_code == 422
+    del changed[f"{kind}Id"]
+    assert api.put(path, json=changed).json() == {f"{kind}Id": "D-1", **changed}
+    listed = {"items": [{f"{kind}Id": "D-1", **changed}], "nextCursor": None}
+    assert api.get(f"/v1/{kind}s").json() == listed
 
 
 def test_a_device_is_registered_by_its_first_reading(api: httpx.Client) -> None:
@@ -863,3 +866,20 @@ def test_an_instant_is_rfc_3339(api: httpx.Client) -> None:
     ts = api.get("/v1/live/meters/M-101").json()["timestamp"]
     assert ts == "2026-02-10T00:55:12.500000Z"
     assert datetime.fromisoformat(ts)
+
+
+def test_what_a_put_leaves_out_stays_as_it_is(api: httpx.Client) -> None:
+    whole = {"energyKind": "register", "reportingInterval": "PT300S"}
+    assert api.put("/v1/meters/M-1", json=whole).status_code == 201
+    assert api.put("/v1/meters/M-1", json={}).json() == {"meterId": "M-1", **whole}
+    changed = api.put("/v1/meters/M-1", json={"reportingInterval": "PT60S"}).json()
+    assert changed == {"meterId": "M-1", "energyKind": "register", "reportingInterval": "PT60S"}
+    new = api.put("/v1/vehicles/V-1", json={"energyKind": "register"}).json()
+    assert new == {"vehicleId": "V-1", "energyKind": "register", "reportingInterval": "PT60S"}
+
+    entry = {"meterId": "M-1", "vehicleId": "V-1", "since": "2026-01-01T00:00:00Z"}
+    assert api.put("/v1/assignments", json=entry).json()["until"] is None
+    end = {"until": "2026-01-02T00:00:00Z"}
+    assert api.put("/v1/assignments", json=entry | end).json()["until"] == end["until"]
+    assert api.put("/v1/assignments", json=entry).json()["until"] == end["until"]
+    assert api.put("/v1/assignments", json=entry | {"until": None}).json()["until"] is None

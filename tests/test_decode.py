@@ -423,3 +423,19 @@ def test_arbitrary_bytes_raise_nothing_but_what_is_documented(body: bytes) -> No
                 assert len(reading.path) < 80
             else:
                 assert LIMITS.earliest <= reading.ts <= LIMITS.latest
+
+
+def test_half_a_surrogate_pair_costs_its_own_item_alone() -> None:
+    good = GOOD
+    for bad in (rb'{"note":"\ud83d"}', rb'{"meterId":"\udc00"}', rb'"\ud83d\ud83d"'):
+        batch = decode_array(b"[" + b",".join((good, bad, good)) + b"]", LIMITS, 10)
+        first, middle, last = batch.readings
+        assert isinstance(first, MeterReading)
+        assert isinstance(last, MeterReading)
+        assert isinstance(middle, Rejection)
+        assert middle.code == "bad_utf8"
+        assert bytes(batch.payloads[1]) == bad
+    # A whole pair, and a backslash before a u, are text like any other.
+    fine = rb'{"note":"\ud83d\ude00 \\\\ud83d",' + good[1:]
+    batch = decode_array(b"[" + fine + b"]", LIMITS, 10)
+    assert isinstance(batch.readings[0], MeterReading)

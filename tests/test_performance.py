@@ -341,3 +341,24 @@ def test_any_story_has_the_oracle_s_answer(
         if one != other:
             for vehicle in ("v1", "v2"):
                 world.check(names[vehicle], min(one, other), max(one, other))
+
+
+@pytest.mark.parametrize(
+    ("ac", "dc", "ratio", "verdict"),
+    [
+        (5e-324, 1e9, None, "above_one"),
+        (1e-310, 1.0, None, "above_one"),
+        (1e9, 5e-324, 0.0, "below_threshold"),
+        (5e-324, 5e-324, 1.0, "ok"),
+    ],
+)
+def test_a_ratio_that_no_float_can_hold(
+    db: psycopg.Connection[Any], ac: float, dc: float, ratio: float | None, verdict: str
+) -> None:
+    world = World(db)
+    world.assign(world.add_meter("m", seconds=3600), world.add_vehicle("v", seconds=3600), DAY)
+    world.read_meter("m", [Reading(DAY, ac)])
+    world.read_vehicle("v", [Reading(DAY, dc, 20.0)])
+    answer = world.fetch("v", DAY, DAY + HOUR)
+    assert answer is not None
+    assert (answer["efficiency_ratio"], answer["verdict"]) == (ratio, verdict)

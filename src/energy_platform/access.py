@@ -29,9 +29,11 @@ from energy_platform.errors import (
     StorageError,
     UnauthorizedError,
 )
+from energy_platform.readings import DEVICE_ID_PATTERN
 
 SCOPES: Final = ("ingest", "read", "admin")
 RELOAD_SECONDS: Final = 1.0
+LOOK_AGAIN_SECONDS: Final = 0.1  # at the most so often for keys that are not known
 BOOTSTRAP_CHARACTERS_MIN: Final = 32
 
 _SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
@@ -67,6 +69,11 @@ def make_key(
     for scope in scopes:
         if scope not in SCOPES:
             raise SetupError(f"There is no scope {scope!r}: use {', '.join(SCOPES)}.")
+    for device_id in device_ids or ():
+        if not re.match(DEVICE_ID_PATTERN, device_id):
+            raise SetupError(f"{device_id!r} is no device id: printable ASCII without a space.")
+    if device_prefix == "":
+        raise SetupError("An empty prefix binds the key to nothing: leave it out.")
     if secret is None:
         secret = f"ek_{secrets.token_urlsafe(32)}"
     elif not re.fullmatch(rf"[!-~]{{{BOOTSTRAP_CHARACTERS_MIN},512}}", secret):
@@ -122,7 +129,7 @@ class KeyRing:
         self._monotonic = monotonic
         self._by_digest: dict[bytes, Key] = {}
         self._by_id: dict[str, Key] = {}
-        self._loaded_at = -RELOAD_SECONDS
+        self._tried_at = -LOOK_AGAIN_SECONDS
         self._is_loaded = False
         self._lock = asyncio.Lock()
 
@@ -140,7 +147,6 @@ class KeyRing:
         keys = await database.read(self._pool, query)
         self._by_id = {key.key_id: key for key in keys}
         self._by_digest = {key.secret_sha256: key for key in keys if key.revoked_at is None}
-        self._loaded_at = self._monotonic()
         self._is_loaded = True
 
     async def keep_fresh(self) -> None:
@@ -149,8 +155,10 @@ class KeyRing:
             await asyncio.sleep(RELOAD_SECONDS)
             try:
                 await self.load()
-            except (StorageError, psycopg.Error) as error:
+            except StorageError as error:
                 _log.warning("keys not reloaded", extra={"error": str(error)})
+            except Exception:  # whatever it is, a revoked key must stop
+                _log.exception("keys not reloaded")
 
     async def authorize(self, header: str | None, scope: str) -> Key | None:
         """The key of an Authorization header; None where the service runs open.
@@ -159,6 +167,8 @@ class KeyRing:
         """
         if not self._is_loaded:
             await self._reload()
+            if not self._is_loaded:
+                raise StorageError
         if self.is_open:
             return None
         secret = _bearer(header)
@@ -189,8 +199,12 @@ class KeyRing:
 
     async def _reload(self) -> None:
         async with self._lock:
-            if self._monotonic() - self._loaded_at >= RELOAD_SECONDS or not self._is_loaded:
+            if self._monotonic() - self._tried_at < LOOK_AGAIN_SECONDS:
+                return  # somebody else has just looked, or found the database away
+            try:
                 await self.load()
+            finally:
+                self._tried_at = self._monotonic()
 
 
 def _bearer(header: str | None) -> str:

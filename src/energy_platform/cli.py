@@ -59,6 +59,7 @@ def run_up(settings: Settings, _arguments: argparse.Namespace) -> int:
         opened: Any = contextlib.nullcontext(settings.database_url)
     else:
         folder = Path(settings.data_dir)
+        os.umask(0o077)  # logs and state files too are ours alone
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         logs.set_up_logs(folder / "service.log")
         _say(f"Starting TimescaleDB in {folder.resolve()} ...")
@@ -284,7 +285,7 @@ def run_migrate(settings: Settings, _arguments: argparse.Namespace) -> int:
 def run_doctor(settings: Settings, _arguments: argparse.Namespace) -> int:
     """Say what is unsafe or late, each with its mend."""
     with (
-        runtime.open_database(settings) as dsn,
+        runtime.open_database(settings, may_create=False) as dsn,
         database.connect_now(dsn, "energy-platform doctor") as connection,
     ):
         findings = doctor.examine(connection, settings, utc_now())
@@ -298,9 +299,11 @@ def run_jobs(settings: Settings, arguments: argparse.Namespace) -> int:
     """Run due jobs once, where the server has no background workers."""
     logs.set_up_logs()
     with (
-        runtime.open_database(settings) as dsn,
+        runtime.open_database(settings, may_create=False) as dsn,
         database.connect_now(dsn, "energy-platform jobs") as connection,
     ):
+        if schema.missing_migrations(connection):
+            raise SetupError("The schema is not there yet.", hint="run `energy-platform migrate`")
         runs = schema.run_due_jobs(connection, utc_now, run_all=arguments.all)
     for run in runs:
         seconds = (run.finished_at - run.started_at).total_seconds()
@@ -341,11 +344,11 @@ def add_keys_arguments(parser: argparse.ArgumentParser) -> None:
 def run_keys(settings: Settings, arguments: argparse.Namespace) -> int:
     """API keys."""
     with (
-        runtime.open_database(settings) as dsn,
+        runtime.open_database(settings, may_create=arguments.action == "create") as dsn,
         database.connect_now(dsn, "energy-platform keys") as connection,
     ):
         if schema.missing_migrations(connection):
-            schema.migrate(dsn, settings)
+            schema.migrate(dsn, settings, keep_policies=True)
         if arguments.action == "create":
             key, secret = access.make_key(
                 arguments.name, arguments.scope or ["ingest"], arguments.device, arguments.prefix
@@ -474,7 +477,7 @@ def run_export(settings: Settings, arguments: argparse.Namespace) -> int:
         raise SetupError("export writes the history of one device.", hint="--meter or --vehicle")
     path = Path(arguments.file) if arguments.file else None
     try:
-        with runtime.open_database(settings) as dsn:
+        with runtime.open_database(settings, may_create=False) as dsn:
             export = files.export_history(
                 dsn,
                 "meter" if settings.meter else "vehicle",
@@ -562,6 +565,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, NOT_REACHABLE)
     except (SetupError, RequestError) as error:
         return _fail(error, WRONG_USE)
+    except OSError as error:
+        return _fail(SetupError(str(error)), WRONG_USE)
     except KeyboardInterrupt:
         return DONE
 

@@ -11,7 +11,7 @@ from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
-from energy_platform.errors import OverloadedError, StorageError, UnreachableError
+from energy_platform.errors import OverloadedError, SetupError, StorageError, UnreachableError
 
 Pool = AsyncConnectionPool[AsyncConnection[Any]]
 T = TypeVar("T")
@@ -34,7 +34,13 @@ def complete_dsn(dsn: str, application_name: str) -> str:
     defaults: dict[str, Any] = {
         "application_name": application_name,
         "connect_timeout": CONNECT_SECONDS_MAX,
-        "options": "-c timezone=UTC",
+        # Temporary tables come last, so that none can stand in front of ours.
+        "options": "-c timezone=UTC -c search_path=public,pg_temp",
+        # A server that vanishes without a word is noticed within half a minute.
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 25_000,
     }
     return make_conninfo(dsn, **{k: v for k, v in defaults.items() if k not in given})
 
@@ -116,5 +122,7 @@ def connect_now(dsn: str, application_name: str) -> psycopg.Connection[Any]:
     """A connection for the command line. Raises: UnreachableError."""
     try:
         return psycopg.connect(complete_dsn(dsn, application_name), autocommit=True)
+    except psycopg.ProgrammingError as error:
+        raise SetupError(f"This is no connection string: {str(error).strip()}.") from error
     except psycopg.OperationalError as error:
         raise UnreachableError(f"The database cannot be reached: {str(error).strip()}") from error

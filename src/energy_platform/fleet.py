@@ -19,10 +19,13 @@ INTERVAL_MAX = timedelta(days=31)
 
 
 class Declaration(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
-    """What kind of energy a device reports, and how often it promises to."""
+    """What kind of energy a device reports, and how often it promises to.
 
-    energy_kind: Literal["interval", "register"] = "interval"
-    reporting_interval: timedelta = timedelta(seconds=60)
+    What is left out stays as it is; a device not known before is `interval`, 60 s.
+    """
+
+    energy_kind: Literal["interval", "register"] | msgspec.UnsetType = msgspec.UNSET
+    reporting_interval: timedelta | msgspec.UnsetType = msgspec.UNSET
 
 
 class Meter(msgspec.Struct, rename="camel"):
@@ -61,12 +64,15 @@ class LiveVehicle(msgspec.Struct, rename="camel"):
 
 
 class AssignmentRequest(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
-    """This meter fed this vehicle in since <= ts < until; null: until further notice."""
+    """This meter fed this vehicle in since <= ts < until; null: until further notice.
+
+    Left out, `until` stays as it is; of a new assignment it is null.
+    """
 
     meter_id: DeviceId
     vehicle_id: DeviceId
     since: Instant
-    until: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    until: Annotated[datetime, msgspec.Meta(tz=True)] | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Assignment(msgspec.Struct, rename="camel"):
@@ -94,21 +100,22 @@ async def put_device(
 ) -> tuple[Device, bool]:
     """Declare a device, for its whole past at once; also whether it was not known before."""
     interval = declaration.reporting_interval
-    if not timedelta(0) < interval <= INTERVAL_MAX:
+    if interval is not msgspec.UNSET and not timedelta(0) < interval <= INTERVAL_MAX:
         raise UnprocessableError(
             f"reportingInterval must be over 0 and at most {INTERVAL_MAX.days} days",
             code="out_of_range",
         )
     parameters = {
         "device_id": device_id,
-        "energy_kind": declaration.energy_kind,
-        "reporting_interval": interval,
+        "energy_kind": declaration.energy_kind or None,
+        "reporting_interval": interval or None,
     }
     async with database.transaction(pool) as connection:
         cursor = await connection.execute(_SQL[f"put_{_NOUN[kind]}"], parameters)
         row = await cursor.fetchone()
     assert row is not None
-    return kind(device_id, declaration.energy_kind, interval), row[0]
+    energy_kind, reporting_interval, made = row
+    return kind(device_id, energy_kind, reporting_interval), made
 
 
 async def fetch_devices(
@@ -153,18 +160,22 @@ async def put_assignment(
     The same meter, vehicle and `since` again replaces `until`, so a repeated PUT is safe.
     Raises: ConflictError, naming the assignment that overlaps; UnprocessableError.
     """
-    if request.until is not None and request.until <= request.since:
+    keeps_until = request.until is msgspec.UNSET
+    until = request.until or None
+    if until is not None and until <= request.since:
         raise UnprocessableError("until must be after since", code="empty_window")
     parameters = {
         **msgspec.structs.asdict(request),
         "since": _in_utc("since", request.since),
-        "until": request.until and _in_utc("until", request.until),
+        "until": until and _in_utc("until", until),
+        "keeps_until": keeps_until,
     }
     while True:
         try:
             async with database.transaction(pool) as connection:
                 await connection.execute(_SQL["lock_ledger"])
-                await connection.execute(_SQL["register_pair"], parameters)
+                await connection.execute(_SQL["register_meter"], parameters)
+                await connection.execute(_SQL["register_vehicle"], parameters)
                 cursor = await connection.execute(_SQL["end_assignment"], parameters)
                 row = await cursor.fetchone()
                 made = row is None
@@ -185,7 +196,10 @@ async def put_assignment(
                 overlapping=other,
             ) from error
         assert row is not None
-        return Assignment(row[0], **parameters), made
+        assignment_id, until = row
+        return Assignment(
+            assignment_id, request.meter_id, request.vehicle_id, parameters["since"], until
+        ), made
 
 
 async def fetch_assignments(

@@ -1,16 +1,22 @@
 -- name: put_meter
-INSERT INTO meter (meter_id, energy_kind, reporting_interval)
-VALUES (%(device_id)s, %(energy_kind)s, %(reporting_interval)s)
+-- NULL leaves a field as it is.
+INSERT INTO meter AS d (meter_id, energy_kind, reporting_interval)
+VALUES (%(device_id)s, coalesce(%(energy_kind)s, 'interval'),
+        coalesce(%(reporting_interval)s, INTERVAL '60 seconds'))
 ON CONFLICT (meter_id) DO UPDATE
-SET energy_kind = excluded.energy_kind, reporting_interval = excluded.reporting_interval
-RETURNING xmax = 0 AS made
+SET energy_kind = coalesce(%(energy_kind)s, d.energy_kind),
+    reporting_interval = coalesce(%(reporting_interval)s, d.reporting_interval)
+RETURNING energy_kind, reporting_interval, xmax = 0 AS made
 
 -- name: put_vehicle
-INSERT INTO vehicle (vehicle_id, energy_kind, reporting_interval)
-VALUES (%(device_id)s, %(energy_kind)s, %(reporting_interval)s)
+-- NULL leaves a field as it is.
+INSERT INTO vehicle AS d (vehicle_id, energy_kind, reporting_interval)
+VALUES (%(device_id)s, coalesce(%(energy_kind)s, 'interval'),
+        coalesce(%(reporting_interval)s, INTERVAL '60 seconds'))
 ON CONFLICT (vehicle_id) DO UPDATE
-SET energy_kind = excluded.energy_kind, reporting_interval = excluded.reporting_interval
-RETURNING xmax = 0 AS made
+SET energy_kind = coalesce(%(energy_kind)s, d.energy_kind),
+    reporting_interval = coalesce(%(reporting_interval)s, d.reporting_interval)
+RETURNING energy_kind, reporting_interval, xmax = 0 AS made
 
 -- name: fetch_meters
 -- One device by its id, or a page of them in the order of their ids.
@@ -45,21 +51,25 @@ ORDER BY vehicle_id LIMIT %(limit)s
 -- One writer at a time, readers as ever: two exclusion constraints may deadlock writers otherwise.
 LOCK TABLE charging_assignment IN SHARE ROW EXCLUSIVE MODE
 
--- name: register_pair
--- A device that was never declared is registered by its first assignment.
-WITH registered AS (INSERT INTO meter (meter_id) VALUES (%(meter_id)s) ON CONFLICT DO NOTHING)
+-- name: register_meter
+-- A device that was never declared is registered by its first assignment; the meter first, as the
+-- writer does.
+INSERT INTO meter (meter_id) VALUES (%(meter_id)s) ON CONFLICT DO NOTHING
+
+-- name: register_vehicle
 INSERT INTO vehicle (vehicle_id) VALUES (%(vehicle_id)s) ON CONFLICT DO NOTHING
 
 -- name: end_assignment
 -- The same meter, vehicle and `since` again: only `until` is replaced.
-UPDATE charging_assignment SET during = tstzrange(%(since)s, %(until)s)
+UPDATE charging_assignment
+SET during = CASE WHEN %(keeps_until)s THEN during ELSE tstzrange(%(since)s, %(until)s) END
 WHERE meter_id = %(meter_id)s AND vehicle_id = %(vehicle_id)s AND lower(during) = %(since)s
-RETURNING assignment_id
+RETURNING assignment_id, upper(during)
 
 -- name: add_assignment
 INSERT INTO charging_assignment (meter_id, vehicle_id, during)
 VALUES (%(meter_id)s, %(vehicle_id)s, tstzrange(%(since)s, %(until)s))
-RETURNING assignment_id
+RETURNING assignment_id, upper(during)
 
 -- name: fetch_overlapping
 -- The assignment that a refused one contradicts.

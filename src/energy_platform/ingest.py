@@ -230,7 +230,10 @@ class Writer:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            connection = await self._write(connection, group)
+            try:
+                connection = await self._write(connection, group)
+            except Exception as error:  # a mistake of ours must not end the writer
+                _fail(group, error)
         if connection is not None:
             await connection.close()
 
@@ -259,13 +262,7 @@ class Writer:
             try:
                 connection = await self._write_lane(connection, lane, now)
             except Exception as error:
-                if not database.is_unavailable(error):
-                    _log.error("transaction failed", exc_info=error, extra={"readings": len(lane)})
-                failure = StorageError()
-                failure.__cause__ = error
-                for submission in {id(item.submission): item.submission for item in lane}.values():
-                    if not submission.done.done():
-                        submission.done.set_exception(failure)
+                _fail((item.submission for item in lane), error)
                 if connection is not None:
                     await connection.close()
                 connection = None
@@ -287,19 +284,19 @@ class Writer:
                     outcomes = await _store(connection, lane, received_at, is_repeated)
                 self._settle(lane, outcomes)
                 return connection
+            except (psycopg.DataError, psycopg.IntegrityError) as error:
+                return await self._write_halves(connection, lane, received_at, error)
             except (psycopg.Error, _RaceLost) as error:
-                if isinstance(error, psycopg.DataError | psycopg.IntegrityError):
-                    return await self._write_halves(connection, lane, received_at, error)
-                if isinstance(error, psycopg.Error) and database.is_unavailable(error):
-                    # Whether a lost connection's transaction was committed is told by received_at.
-                    if reconnected:
-                        raise
-                    reconnected = is_repeated = True
+                is_lost = isinstance(error, psycopg.Error) and database.is_unavailable(error)
+                may_pass = isinstance(error, _RaceLost) or database.is_transient(error)
+                again = may_pass or (is_lost and not reconnected)
+                if is_lost or not again:
                     await connection.close()
-                elif attempt == ATTEMPTS_MAX - 1 or not (
-                    isinstance(error, _RaceLost) or database.is_transient(error)
-                ):
+                if not again or attempt == ATTEMPTS_MAX - 1:
                     raise
+                if is_lost:
+                    # Whether its transaction was committed all the same is told by received_at.
+                    reconnected = is_repeated = True
         raise AssertionError("the loop returns or raises")
 
     async def _write_halves(
@@ -329,6 +326,17 @@ class Writer:
             submission.undecided -= 1
             if not submission.undecided and not submission.done.done():
                 submission.done.set_result(None)
+
+
+def _fail(submissions: Iterable[Submission], error: Exception) -> None:
+    """Answer 503 to all of these that have no answer yet."""
+    if not database.is_unavailable(error):
+        _log.error("transaction failed", exc_info=error)
+    failure = StorageError()
+    failure.__cause__ = error
+    for submission in submissions:
+        if not submission.done.done():
+            submission.done.set_exception(failure)
 
 
 class _RaceLost(Exception):

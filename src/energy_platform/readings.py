@@ -104,6 +104,12 @@ _naive_decoder = msgspec.json.Decoder(datetime)
 # also one that never ends, and without going back: time must grow with the length, not its square.
 _STRING_OR_NOT_FINITE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|-?Infinity|NaN', re.DOTALL)
 
+# Half of a surrogate pair: valid JSON, yet no character that any text could hold.
+_LONE_SURROGATE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+
 
 def decode_single(body: bytes, limits: TimeLimits) -> Batch:
     """Decode a body that is one JSON object.
@@ -148,6 +154,8 @@ def decode_lines(body: bytes, limits: TimeLimits, readings_max: int) -> Batch:
 
     A line that is not JSON is one rejected reading. Raises: TooLargeError.
     """
+    if body.count(b"\n") > 16 * readings_max:  # blank lines are cheap to send too
+        raise _too_many(readings_max)
     lines = [line for line in map(bytes.strip, body.split(b"\n")) if line]
     if len(lines) > readings_max:
         raise _too_many(readings_max)
@@ -198,7 +206,8 @@ def _examine(raw: bytes, limits: TimeLimits) -> tuple[Reading | Rejection, int]:
     except msgspec.ValidationError:
         return Rejection("not_an_object", "$", "a reading is a JSON object"), 0
     except msgspec.DecodeError as error:
-        return Rejection("not_json", "$", str(error)), 0
+        code = "bad_utf8" if _LONE_SURROGATE.search(raw) else "not_json"
+        return Rejection(code, "$", str(error)), 0
     if "meterId" in fields and "vehicleId" in fields:
         return Rejection("both_ids", "$", "a reading has a meterId or a vehicleId, not both"), 0
     if "meterId" in fields:
@@ -298,11 +307,16 @@ def _has_not_finite(raw: bytes) -> bool:
 
 
 def _blank_not_finite(raw: bytes) -> bytes:
-    """The same with blanks in quotes in place of each NaN and Infinity, so that positions hold."""
+    """The same with something valid of the same length in place of what one item may have wrong.
+
+    That is NaN and Infinity, and escapes of half a surrogate pair, which are no character.
+    """
 
     def blank(match: re.Match[bytes]) -> bytes:
         token = match[0]
-        return token if token.startswith(b'"') else b'"%s"' % (b" " * (len(token) - 2))
+        if token.startswith(b'"'):
+            return _LONE_SURROGATE.sub(rb"\\ufffd", token)
+        return b'"%s"' % (b" " * (len(token) - 2))
 
     return _STRING_OR_NOT_FINITE.sub(blank, raw)
 
@@ -325,8 +339,8 @@ def _examine_not_finite(raw: bytes) -> Rejection:
 
 
 def _split_tolerantly(body: bytes, error: msgspec.DecodeError) -> list[bytes]:
-    """Split an array whose only fault is NaN or Infinity tokens into its items, as they came."""
-    if not _has_not_finite(body):
+    """Split an array whose only faults are inside of items into its items, as they came."""
+    if not _has_not_finite(body) and not _LONE_SURROGATE.search(body):
         raise MalformedError(f"The body is not JSON: {error}", code="not_json") from None
     strict = _blank_not_finite(body)
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from energy_platform.database import connect_now
 from energy_platform.embedded import Engine, EngineError, running_dsn
@@ -42,18 +43,22 @@ def _create_database(connection: psycopg.Connection[Any]) -> None:
 
 
 @contextlib.contextmanager
-def open_database(settings: Settings) -> Iterator[str]:
+def open_database(settings: Settings, *, may_create: bool = True) -> Iterator[str]:
     """The connection string of the database at hand.
 
     The server where one is set, the engine that another process runs on the data folder, or else
     the engine, started for as long as this takes.
+
+    Raises: SetupError; UnreachableError where the folder holds no database and none may be made.
     """
     if settings.database_url:
         yield settings.database_url
         return
     try:
         dsn = find_running(settings)
-    except UnreachableError:
+    except UnreachableError as error:
+        if not may_create and not (Path(settings.data_dir) / "pgdata").is_dir():
+            raise UnreachableError(f"There is no database in {settings.data_dir}.") from error
         with open_engine(settings) as dsn:
             yield dsn
         return
@@ -65,9 +70,9 @@ def find_running(settings: Settings, role: str = "owner") -> str:
     if settings.database_url:
         if role == "owner":
             return settings.database_url
-        return psycopg.conninfo.make_conninfo(
-            settings.database_url, user=_USERS[role], password=None
-        )
+        parameters = conninfo_to_dict(settings.database_url)
+        parameters.pop("password", None)  # it is the owner's
+        return make_conninfo("", **{**parameters, "user": _USERS[role]})
     try:
         return running_dsn(Path(settings.data_dir), user=_USERS[role], database=DATABASE_NAME)
     except EngineError as error:

@@ -39,10 +39,11 @@ def _schema_folder() -> Path:
 # ---- migrate ----------------------------------------------------------------------------------
 
 
-def migrate(dsn: str, settings: Settings) -> list[str]:
+def migrate(dsn: str, settings: Settings, *, keep_policies: bool = False) -> list[str]:
     """Bring the schema to the newest version; returns the migrations that were applied.
 
-    From zero and from any earlier state. Two migrates at once wait for each other.
+    From zero and from any earlier state. Two migrates at once wait for each other. `keep_policies`
+    leaves policies that are there as they are, for a command that does not know all settings.
     Raises: SetupError for a server that will not do, and for settings that would lose data.
     """
     wrong = check_retention(settings)
@@ -56,27 +57,37 @@ def migrate(dsn: str, settings: Settings) -> list[str]:
                 connection.execute(path.read_bytes())
         if not _trust_rollup(connection):
             connection.execute(_SQL["distrust_rollup"])
-        _check_kept(connection, settings)
-        connection.execute(_SQL["reconcile_policies"], settings.retention._asdict())
+        if not (keep_policies and fetch_job_status(connection)):
+            _check_kept(connection, settings)
+            connection.execute(_SQL["reconcile_policies"], settings.retention._asdict())
     return applied
 
 
 def _check_kept(connection: psycopg.Connection[Any], settings: Settings) -> None:
     """Refuse to drop, for want of a setting, what an earlier start was told to keep.
 
-    Raises: SetupError where the raw retention becomes shorter, by default, and readings are older.
+    Raises: SetupError where a retention becomes shorter by default, and what is there is older.
     """
-    if settings.raw_retention is not None:
-        return
-    retention = settings.retention.raw_retention
-    row = connection.execute(_SQL["fetch_kept"], {"raw_retention": retention}).fetchone()
-    if row is not None:
+    given = {
+        "raw": (settings.raw_retention, settings.retention.raw_retention),
+        "hourly": (settings.hourly_retention, settings.retention.hourly_retention),
+    }
+    for kind, (wish, retention) in given.items():
+        if wish is not None:
+            continue
+        parameters = {"kind": kind, "retention": retention}
+        row = connection.execute(_SQL["fetch_kept"], parameters).fetchone()
+        if row is None:
+            continue
         kept, oldest = row
+        before = f"ENERGY_HOURLY_RETENTION=P{kept.days}D"
+        if kind == "raw":
+            before = f"ENERGY_LATE_WINDOW as before (P{(kept - timedelta(days=20)).days}D)"
         raise SetupError(
-            f"There are readings since {oldest:%Y-%m-%d}, kept for {kept.days} days so far; with "
-            f"these settings those older than {retention.days} days would be dropped.",
-            hint=f"set ENERGY_LATE_WINDOW as before (P{(kept - timedelta(days=20)).days}D), or "
-            f"ENERGY_RAW_RETENTION=P{retention.days}D to let them go",
+            f"There are {kind} data since {oldest:%Y-%m-%d}, kept for {kept.days} days so far; "
+            f"with these settings those older than {retention.days} days would be dropped.",
+            hint=f"set {before}, or ENERGY_{kind.upper()}_RETENTION=P{retention.days}D to let them "
+            "go",
         )
 
 

@@ -53,14 +53,21 @@ RETURNS TABLE (lowest timestamptz, highest timestamptz)
 LANGUAGE sql STABLE AS $$ SELECT since, until $$
 
 -- name: fetch_kept
--- The raw retention so far and the oldest raw chunk, where a shorter one would drop it.
+-- The retention so far of raw readings or hourly rollups, and the oldest chunk, where a shorter
+-- one would drop it.
 SELECT kept, oldest FROM (
-  SELECT max((j.config ->> 'drop_after')::interval) AS kept,
-         min(lower(raw_chunk_ranges(j.hypertable_name, '-infinity', now()))) AS oldest
+  SELECT max((j.config ->> 'drop_after')::interval) AS kept, min(c.oldest) AS oldest
   FROM timescaledb_information.jobs j
+  LEFT JOIN timescaledb_information.continuous_aggregates a
+    ON a.materialization_hypertable_name = j.hypertable_name
+  LEFT JOIN LATERAL (
+    SELECT min(range_start) AS oldest FROM timescaledb_information.chunks
+    WHERE hypertable_name = coalesce(a.materialization_hypertable_name, j.hypertable_name)) c ON true
   WHERE j.proc_name = 'policy_retention'
-    AND j.hypertable_name IN ('meter_telemetry_history', 'vehicle_telemetry_history')) k
-WHERE kept > %(raw_retention)s AND oldest < now() - %(raw_retention)s
+    AND coalesce(a.view_name, j.hypertable_name) IN (
+      CASE %(kind)s WHEN 'raw' THEN 'meter_telemetry_history' ELSE 'meter_hourly' END,
+      CASE %(kind)s WHEN 'raw' THEN 'vehicle_telemetry_history' ELSE 'vehicle_hourly' END)) k
+WHERE kept > %(retention)s AND oldest < now() - %(retention)s
 
 -- name: vacuum
 VACUUM (ANALYZE) meter_live_status, vehicle_live_status, meter, vehicle, charging_assignment,

@@ -82,11 +82,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, _meta(_SERVICE, "bytes of bodies that may wait for the writer, then 503", ge=1)
     ] = 64 * 2**20
     body_bytes_max: Annotated[
-        int, _meta(_SERVICE, "size of a body after decompression, then 413", ge=1024)
+        int, _meta(_SERVICE, "size of a body after decompression, then 413", ge=16 * 2**20)
     ] = 16 * 2**20
-    body_readings_max: Annotated[int, _meta(_SERVICE, "readings in a body, then 413", ge=1)] = (
-        50_000
-    )
+    body_readings_max: Annotated[
+        int, _meta(_SERVICE, "readings in a body, then 413", ge=10_000)
+    ] = 50_000
     bootstrap_key: Annotated[
         str | None,
         _meta("up serve migrate", "secret of the first API key, made where there is none yet"),
@@ -214,7 +214,11 @@ def check_retention(settings: Settings) -> list[str]:
     """What is unsafe in how long things are kept, each with its reason; empty if nothing is."""
     retention = settings.retention
     hour = timedelta(hours=1)
-    wrong = []
+    wrong = [
+        f"{name} must be over 0"
+        for name, span in {**retention._asdict(), "late_window": settings.late_window}.items()
+        if span <= timedelta(0)
+    ]
     if retention.chunk < hour or retention.chunk % hour:
         wrong.append("chunk must be whole hours: an hour of the rollup may not span two chunks")
     if retention.refresh_end < hour:
@@ -307,7 +311,10 @@ def load_settings(
         else:
             continue
         try:
-            values[option.field] = msgspec.convert(value, option.type, strict=False)
+            converted = msgspec.convert(value, option.type, strict=False)
+            if isinstance(converted, timedelta) and converted < timedelta(0):
+                raise msgspec.ValidationError("a duration is not negative")
+            values[option.field] = converted
         except msgspec.ValidationError as error:
             example = "a duration is ISO 8601: PT15M, PT24H, P400D"
             raise SetupError(

@@ -11,6 +11,18 @@ from litestar.handlers.base import BaseRouteHandler
 Guard = Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], Awaitable[None]]
 
 
+_PROXY_HEADERS = frozenset(
+    (
+        b"forwarded",
+        b"via",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-proto",
+        b"x-real-ip",
+    )
+)
+
+
 def require(scope: str) -> Guard:
     """A guard that asks for an API key with this scope."""
 
@@ -37,9 +49,11 @@ def is_local_request(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Whether Host and Origin name this machine.
 
     A page of another site that a browser on this machine shows cannot pass for a local client, not
-    even by a DNS name that it points to 127.0.0.1.
+    even by a DNS name that it points to 127.0.0.1. Nor is what came through a proxy local.
     """
     for name, value in headers:
+        if name in _PROXY_HEADERS:
+            return False
         if name == b"host":
             address = f"//{value.decode('latin-1')}"
         elif name == b"origin":

@@ -57,7 +57,12 @@ def create_app(
     ingest = IngestEndpoint(
         writer=lambda: state.service.writer,
         keys=lambda: state.service.keys,
-        limits=Limits(settings.body_bytes_max, settings.body_readings_max, settings.late_window),
+        limits=Limits(
+            settings.body_bytes_max,
+            settings.body_readings_max,
+            settings.queue_bytes_max,
+            settings.late_window,
+        ),
         clock=clock,
         metrics=metrics,
     )
@@ -178,6 +183,8 @@ async def _job_loop(dsn: str, clock: Callable[[], datetime]) -> AsyncIterator[No
                         vacuumed = time.monotonic()
             except (EnergyError, psycopg.Error) as error:
                 _log.warning("jobs put off", extra={"error": str(error)})
+            except Exception:
+                _log.exception("jobs put off")
 
     thread = asyncio.create_task(asyncio.to_thread(run))
     try:
@@ -198,7 +205,7 @@ async def get_live() -> dict[str, str]:
 @get("/ready", summary="Database, schema version and jobs")
 async def get_ready(service: NamedDependency[Service]) -> Response[dict[str, Any]]:
     try:
-        checks = await schema.check_ready(service.read_pool)
+        checks = await schema.check_ready(service.write_pool)
     except StorageError as error:
         checks = {"database": str(error)}
     is_ready = checks.get("database") == "ok" and checks.get("schema") == "ok"

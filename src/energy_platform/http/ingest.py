@@ -16,6 +16,7 @@ from litestar.types import Receive, Scope, Send
 from energy_platform.access import Key, KeyRing
 from energy_platform.errors import (
     MalformedError,
+    OverloadedError,
     Rejection,
     RequestError,
     TooLargeError,
@@ -52,6 +53,7 @@ class Limits(NamedTuple):
 
     body_bytes_max: int
     body_readings_max: int
+    arriving_bytes_max: int
     late_window: timedelta
 
 
@@ -107,6 +109,7 @@ class IngestEndpoint:
         self._limits = limits
         self._clock = clock
         self._metrics = metrics
+        self._arriving = Arriving(limits.arriving_bytes_max)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -135,7 +138,7 @@ class IngestEndpoint:
             raise UnsupportedMediaError(
                 "The content type must be application/json or application/x-ndjson."
             )
-        body = await read_body(headers, receive, self._limits.body_bytes_max)
+        body = await read_body(headers, receive, self._limits.body_bytes_max, self._arriving)
         batch, is_many = self._decode(body, media_type)
         self._metrics.unknown_fields.inc(batch.unknown_fields)
         outcomes = await self._record(batch, len(body), key)
@@ -204,10 +207,21 @@ class IngestEndpoint:
 # ---- Reading the body -------------------------------------------------------------------------
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
+class Arriving:
+    """How many bytes of bodies have come in part: what slow or many senders may take of memory."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        self.bytes = 0
+
+
+async def read_body(
+    headers: dict[bytes, bytes], receive: Receive, bytes_max: int, arriving: Arriving
+) -> bytes:
     """The body, decompressed. Both the compressed and the plain size are bounded.
 
-    Raises: TooLargeError, UnsupportedMediaError, MalformedError.
+    Raises: TooLargeError, UnsupportedMediaError, MalformedError; OverloadedError where too much is
+    arriving at once.
     """
     coding = headers.get(b"content-encoding", b"identity").strip().lower()
     if coding not in (b"identity", b"gzip", b"zstd"):
@@ -217,17 +231,23 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: in
         raise _too_large(bytes_max)
     chunks: list[bytes] = []
     size = 0
-    while True:
-        message: Any = await receive()
-        if message["type"] == "http.disconnect":
-            raise MalformedError("The client went away before the body was complete.")
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > bytes_max:
-            raise _too_large(bytes_max)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            break
+    try:
+        while True:
+            message: Any = await receive()
+            if message["type"] == "http.disconnect":
+                raise MalformedError("The client went away before the body was complete.")
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            arriving.bytes += len(chunk)
+            if size > bytes_max:
+                raise _too_large(bytes_max)
+            if arriving.bytes > max(arriving.bytes_max, size):  # alone, any body may come
+                raise OverloadedError("Too many bodies are arriving at once.")
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                break
+    finally:
+        arriving.bytes -= size
     body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
     if coding == b"gzip":
         return _gunzip(body, bytes_max)

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from energy_platform.ingest import OUTCOMES, Writer
 
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+CONTENT_TYPE: Final = "text/plain; version=0.0.4"  # Litestar adds the charset
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 

@@ -106,7 +106,8 @@ def decode_time_zone(name: str) -> str:
 
     Raises: MalformedError.
     """
-    if not re.match(r"[A-Za-z][A-Za-z0-9_+/-]{0,63}\Z", name):
+    # PostgreSQL also takes POSIX rules such as UTC+3, which mean the opposite of what they say.
+    if not re.match(r"(Etc/GMT[+-]?\d{1,2}|[A-Za-z][A-Za-z_/-]{0,63})\Z", name):
         raise _bad("timeZone", "an IANA name such as Europe/Paris")
     return name
 

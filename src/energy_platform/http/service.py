@@ -1,6 +1,5 @@
 """What the routes share: pools, writer, keys, clock. Opened and closed with the application."""
 
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -24,11 +23,9 @@ class Service:
         keys: KeyRing,
         writer: Writer | None,
         clock: Callable[[], datetime] = utc_now,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.read_pool = read_pool
         self.write_pool = write_pool
         self.keys = keys
         self.writer = writer
         self.clock = clock
-        self.monotonic = monotonic

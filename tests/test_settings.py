@@ -6,6 +6,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from energy_platform import runtime, schema
 from energy_platform.access import make_key
+from energy_platform.cli import make_parser
 from energy_platform.errors import SetupError, UnreachableError
 from energy_platform.http.access import is_local_request
 from energy_platform.settings import OPTIONS, Settings, check_retention, load_settings
@@ -100,3 +101,13 @@ def test_temporary_tables_do_not_stand_in_front_of_ours(dsn: str) -> None:
         denied = pytest.raises(psycopg.errors.InsufficientPrivilege)
         with denied:
             connection.execute("CREATE TEMPORARY TABLE meter_telemetry_history (id int)")
+
+
+def test_settings_may_stand_before_and_behind_an_action() -> None:
+    for words in (
+        ["keys", "--data-dir", "x", "create", "gateway"],
+        ["keys", "create", "gateway", "--data-dir", "x"],
+    ):
+        arguments = make_parser().parse_args(words)
+        assert load_settings("keys", {}, vars(arguments)).data_dir == "x"
+        assert arguments.name == "gateway"

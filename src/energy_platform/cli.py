@@ -44,7 +44,6 @@ class Command(NamedTuple):
     help: str
     run: Callable[[Settings, argparse.Namespace], int]
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    settings_name: str = ""
 
 
 # ---- up and serve -----------------------------------------------------------------------------
@@ -337,8 +336,11 @@ def add_keys_arguments(parser: argparse.ArgumentParser) -> None:
     bound = create.add_mutually_exclusive_group()
     bound.add_argument("--device", action="append", help="only for this device; repeat for several")
     bound.add_argument("--prefix", help="only for devices whose id begins with this")
-    actions.add_parser("list", help="all keys")
-    actions.add_parser("revoke", help="end a key for good").add_argument("key_id")
+    everything = actions.add_parser("list", help="all keys")
+    revoke = actions.add_parser("revoke", help="end a key for good")
+    revoke.add_argument("key_id")
+    for action in (create, everything, revoke):
+        _add_settings(action, "keys")  # they may stand behind the action as well
 
 
 def run_keys(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -531,27 +533,23 @@ def make_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         command.add_arguments(sub)
-        group = sub.add_argument_group("settings (each is also an environment variable)")
-        for option in OPTIONS:
-            if name not in option.commands:
-                continue
-            text = f"{option.description} [{option.environment_name}]".replace("%", "%%")
-            if option.type is bool:
-                group.add_argument(
-                    option.flag,
-                    dest=option.field,
-                    action=argparse.BooleanOptionalAction,
-                    default=None,
-                    help=text,
-                )
-            else:
-                group.add_argument(
-                    option.flag,
-                    dest=option.field,
-                    metavar=option.name.upper().split("_")[-1],
-                    help=text,
-                )
+        _add_settings(sub, name)
     return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
+    """The settings of a command as options; one that is not given is not in the result."""
+    group = parser.add_argument_group("settings (each is also an environment variable)")
+    for option in OPTIONS:
+        if command not in option.commands:
+            continue
+        given: dict[str, Any] = {"metavar": option.name.upper().split("_")[-1]}
+        if option.type is bool:
+            given = {"action": argparse.BooleanOptionalAction}
+        text = f"{option.description} [{option.environment_name}]".replace("%", "%%")
+        group.add_argument(
+            option.flag, dest=option.field, default=argparse.SUPPRESS, help=text, **given
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

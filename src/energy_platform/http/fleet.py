@@ -2,13 +2,11 @@
 
 from typing import Annotated, Any, TypeVar
 
-import msgspec
 from litestar import Request, Response, Router, delete, get, put
 from litestar.di import NamedDependency
 from litestar.params import FromPath, QueryParameter
 
 from energy_platform import fleet
-from energy_platform.errors import MalformedError, UnprocessableError, UnsupportedMediaError
 from energy_platform.http.access import require
 from energy_platform.http.parameters import (
     Cursor,
@@ -16,6 +14,7 @@ from energy_platform.http.parameters import (
     MeterId,
     Page,
     VehicleId,
+    decode_body,
     decode_cursor,
     decode_id,
     decode_number_cursor,
@@ -25,20 +24,6 @@ from energy_platform.http.parameters import (
 from energy_platform.http.service import Service
 
 T = TypeVar("T")
-
-
-async def decode_body(request: Request[Any, Any, Any], struct: type[T]) -> T:
-    """A JSON body by our own strict decoder. Raises: RequestError that names the field."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise UnsupportedMediaError("The content type must be application/json.")
-    body = await request.body()
-    try:
-        return msgspec.json.decode(body, type=struct)
-    except msgspec.ValidationError as error:
-        raise UnprocessableError(str(error), code="invalid_body") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedError(f"The body is not JSON: {error}", code="not_json") from None
 
 
 def _made(content: T, made: bool) -> Response[T]:

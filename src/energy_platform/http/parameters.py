@@ -1,16 +1,17 @@
-"""Query parameters, cursors and ids, with errors that name the parameter."""
+"""Query parameters, cursors, ids and JSON bodies, with errors that name what is wrong."""
 
 import base64
 import binascii
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Final, Generic, TypeVar
+from typing import Annotated, Any, Final, Generic, TypeVar
 from urllib.parse import unquote
 
 import msgspec
+from litestar import Request
 from litestar.params import PathParameter, QueryParameter
 
-from energy_platform.errors import MalformedError
+from energy_platform.errors import MalformedError, UnprocessableError, UnsupportedMediaError
 from energy_platform.performance import Bucket
 from energy_platform.readings import DEVICE_ID_PATTERN, Instant
 
@@ -122,6 +123,20 @@ def decode_id(name: str, value: str) -> str:
 def decode_path_id(name: str, value: str) -> str:
     """A device id from a path, with slash and percent still encoded. Raises: MalformedError."""
     return decode_id(name, unquote(value))
+
+
+async def decode_body(request: Request[Any, Any, Any], struct: type[T]) -> T:
+    """A JSON body by our own strict decoder. Raises: RequestError that names the field."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaError("The content type must be application/json.")
+    body = await request.body()
+    try:
+        return msgspec.json.decode(body, type=struct)
+    except msgspec.ValidationError as error:
+        raise UnprocessableError(str(error), code="invalid_body") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedError(f"The body is not JSON: {error}", code="not_json") from None
 
 
 def _bad(name: str, expected: str) -> MalformedError:

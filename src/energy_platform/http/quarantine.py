@@ -9,11 +9,11 @@ from litestar.params import QueryParameter
 from energy_platform import quarantine
 from energy_platform.errors import StorageError, UnprocessableError
 from energy_platform.http.access import require
-from energy_platform.http.fleet import decode_body
 from energy_platform.http.parameters import (
     Cursor,
     Limit,
     Page,
+    decode_body,
     decode_id,
     decode_number_cursor,
     page_of,

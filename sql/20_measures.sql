@@ -87,7 +87,8 @@ END $$;
 
 -- The kWh of the device's last reading before an instant, NULL where there is none: what a register
 -- steps from. Searched backwards in bounded steps, because an unbounded search opens every chunk:
--- in the raw rows of ten days, then in the rollup, then in what the rollup may not know yet.
+-- in the raw rows of ten days, then in the rollup. What the rollup says of an hour counts only where
+-- no raw row may say otherwise: dirty hours, back to the one that it found, are looked up raw.
 CREATE OR REPLACE FUNCTION register_before(device_class text, device text, instant timestamptz)
 RETURNS float8
 LANGUAGE plpgsql STABLE AS $$
@@ -95,11 +96,10 @@ DECLARE
   reach interval;
   since timestamptz;
   until timestamptz := instant;
-  raw_reached timestamptz;
+  reached timestamptz;      -- raw rows are searched down to here
   found_kwh float8;
-  rolled_kwh float8;
-  rolled_ts timestamptz;
-  chunks tstzmultirange;
+  rolled record;            -- the newest hour of the rollup that is not ruled out yet
+  dirty tstzmultirange;
   piece tstzrange;
 BEGIN
   FOREACH reach IN ARRAY ARRAY[INTERVAL '1 hour', INTERVAL '1 day', INTERVAL '10 days'] LOOP
@@ -110,47 +110,74 @@ BEGIN
     END IF;
     until := since;
   END LOOP;
-  raw_reached := until;
+  reached := until;
 
-  -- A rolled-up hour may be dirty, but what it holds was read: nothing is ever taken from history.
   -- An hour that the instant cuts has been searched above, or cannot be answered at all.
   until := instant;
-  FOREACH reach IN ARRAY ARRAY[INTERVAL '40 days', INTERVAL '400 days', NULL] LOOP
-    since := coalesce(instant - reach, '-infinity');
-    IF device_class = 'meter' THEN
-      SELECT h.kwh_last, h.ts_last INTO rolled_kwh, rolled_ts
-      FROM public.meter_hourly_materialized h
-      WHERE h.meter_id = device AND h.hour >= since AND h.hour < until AND h.ts_last < instant
-      ORDER BY h.hour DESC LIMIT 1;
-    ELSE
-      SELECT h.kwh_last, h.ts_last INTO rolled_kwh, rolled_ts
-      FROM public.vehicle_hourly_materialized h
-      WHERE h.vehicle_id = device AND h.hour >= since AND h.hour < until AND h.ts_last < instant
-      ORDER BY h.hour DESC LIMIT 1;
-    END IF;
-    EXIT WHEN rolled_kwh IS NOT NULL;
-    until := since;
-  END LOOP;
-
-  -- Raw rows between the two can only be where the rollup is dirty.
-  since := coalesce(rolled_ts, '-infinity');
-  IF since < raw_reached THEN
-    chunks := public.raw_chunk_ranges(
-      (device_class || '_telemetry_history')::name, since, raw_reached);
-    IF NOT isempty(chunks) THEN
-      FOR piece IN
-        SELECT r FROM unnest(chunks * public.rollup_dirty_hours(
-          (device_class || '_hourly')::name, lower(chunks), raw_reached)) r
-        ORDER BY lower(r) DESC
-      LOOP
+  LOOP
+    rolled := public.rolled_before(device_class, device, instant, until);
+    since := coalesce(rolled.hour, '-infinity');
+    IF since < reached THEN
+      dirty := public.raw_dirty_hours(device_class, since, reached);
+      FOR piece IN SELECT r FROM unnest(dirty) r ORDER BY lower(r) DESC LOOP
         found_kwh := public.raw_before(device_class, device, lower(piece), upper(piece));
         IF found_kwh IS NOT NULL THEN
           RETURN found_kwh;
         END IF;
       END LOOP;
+      reached := since;
+    ELSE
+      dirty := public.raw_dirty_hours(device_class, since, since + INTERVAL '1 hour');
     END IF;
+    IF rolled.hour IS NULL OR NOT dirty @> rolled.hour THEN
+      RETURN rolled.kwh;
+    END IF;
+    until := rolled.hour;  -- all that it held was taken out by corrections
+  END LOOP;
+END $$;
+
+-- The newest hour of a device's rollup before `until` whose last reading is before an instant; the hour
+-- is NULL where there is none. Planned for its bounds: a cached plan cannot know how far they reach, and may
+-- walk through the hours of all devices.
+CREATE OR REPLACE FUNCTION rolled_before(
+  device_class text, device text, instant timestamptz, until timestamptz,
+  OUT hour timestamptz, OUT kwh float8)
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan AS $$
+DECLARE
+  reach interval;
+  since timestamptz;
+BEGIN
+  FOREACH reach IN ARRAY ARRAY[INTERVAL '40 days', INTERVAL '400 days', NULL] LOOP
+    since := coalesce(until - reach, '-infinity');
+    IF device_class = 'meter' THEN
+      SELECT h.hour, h.kwh_last INTO hour, kwh
+      FROM public.meter_hourly_materialized h
+      WHERE h.meter_id = device AND h.hour >= since AND h.hour < until AND h.ts_last < instant
+      ORDER BY h.hour DESC LIMIT 1;
+    ELSE
+      SELECT h.hour, h.kwh_last INTO hour, kwh
+      FROM public.vehicle_hourly_materialized h
+      WHERE h.vehicle_id = device AND h.hour >= since AND h.hour < until AND h.ts_last < instant
+      ORDER BY h.hour DESC LIMIT 1;
+    END IF;
+    EXIT WHEN hour IS NOT NULL;
+  END LOOP;
+END $$;
+
+-- The hours between two instants that have raw rows and that the rollup does not, or not rightly, hold.
+CREATE OR REPLACE FUNCTION raw_dirty_hours(
+  device_class text, since timestamptz, until timestamptz)
+RETURNS tstzmultirange
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  chunks constant tstzmultirange := public.raw_chunk_ranges(
+    (device_class || '_telemetry_history')::name, since, until);
+BEGIN
+  IF isempty(chunks) THEN
+    RETURN '{}';
   END IF;
-  RETURN rolled_kwh;
+  RETURN chunks * public.rollup_dirty_hours(
+    (device_class || '_hourly')::name, lower(chunks), upper(chunks));
 END $$;
 
 -- The kWh of the device's last raw reading in since <= ts < until.

@@ -41,6 +41,8 @@ BEGIN
   answer.total_kwh_delivered_dc := 0;
   answer.metered_kwh_delivered_dc := 0;
   answer.dc_readings := 0;
+  answer.suspect_readings :=
+    public.suspect_count('vehicle', the_vehicle, window_since, window_until);
   SELECT * INTO vehicle_hours FROM public.rollup_coverage(
     'vehicle_hourly', 'vehicle_telemetry_history', window_since, window_until);
   SELECT * INTO meter_hours FROM public.rollup_coverage(
@@ -58,6 +60,8 @@ BEGIN
       answer.metered_kwh_delivered_dc := answer.metered_kwh_delivered_dc + dc.kwh;
       answer.total_kwh_consumed_ac := coalesce(answer.total_kwh_consumed_ac, 0) + ac.kwh;
       ac_readings := ac_readings + ac.readings;
+      answer.suspect_readings := answer.suspect_readings
+        + public.suspect_count('meter', piece.meter_id, piece.since, piece.until);
       ac_promised := ac_promised
         + extract(epoch FROM piece.until - piece.since)::float8 / piece.interval_seconds;
     END IF;

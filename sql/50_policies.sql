@@ -154,7 +154,7 @@ DECLARE
       SELECT FROM timescaledb_information.jobs j, (VALUES ('meter'), ('vehicle')) AS c (class)
       WHERE j.proc_name = 'policy_retention' AND j.hypertable_schema = 'public'
         AND j.hypertable_name = c.class || '_telemetry_history'
-        AND public.unrolled_readings(c.class, now() - (j.config ->> 'drop_after')::interval) > 0);
+        AND public.unrolled_hours(c.class, now() - (j.config ->> 'drop_after')::interval) > 0);
 BEGIN
   PERFORM public.alter_job(s.job_id, scheduled => safe)
   FROM public.job_status s
@@ -163,47 +163,70 @@ BEGIN
                        'meter_hourly', 'vehicle_hourly');
 END $$;
 
--- How many raw readings before an instant the hourly rollup lacks. The refresh window reaches all
--- that is accepted, if it runs: after an outage of days, late readings can have aged past it.
--- History only grows, so hours whose counts agree are right, whatever the dirty log says (dropping
--- a chunk marks an hour of the next one).
-CREATE OR REPLACE FUNCTION unrolled_readings(device_class text, before timestamptz)
+-- How many device hours before an instant the hourly rollup lacks, or holds otherwise than raw readings
+-- say. The refresh window reaches all that is accepted, if it runs: after an outage of days, late readings
+-- can have aged past it. Only dirty hours are looked at; not all of those are wrong (dropping a chunk
+-- marks an hour of the next one).
+CREATE OR REPLACE FUNCTION unrolled_hours(device_class text, before timestamptz)
 RETURNS bigint LANGUAGE plpgsql STABLE AS $$
 DECLARE
-  chunks constant tstzmultirange := public.raw_chunk_ranges(
-    (device_class || '_telemetry_history')::name, '-infinity', before);
   piece tstzrange;
-  missing bigint := 0;
+  unrolled bigint := 0;
 BEGIN
-  IF isempty(chunks) THEN
-    RETURN 0;
-  END IF;
   FOR piece IN
-    SELECT r FROM unnest(public.whole_hours(chunks * public.rollup_dirty_hours(
-      (device_class || '_hourly')::name, lower(chunks), before))) r
+    SELECT r FROM unnest(public.whole_hours(
+      public.raw_dirty_hours(device_class, '-infinity', before))) r
   LOOP
     IF device_class = 'meter' THEN
-      missing := missing + (
-        SELECT coalesce(sum(greatest(r.readings - coalesce(h.readings, 0), 0)), 0)
-        FROM (SELECT meter_id, date_bin('1 hour', ts, 'epoch') AS hour, count(*) AS readings
+      unrolled := unrolled + (
+        SELECT count(*)
+        FROM (SELECT meter_id, date_bin('1 hour', ts, 'epoch') AS hour, count(*) AS readings,
+                     sum(kwh_consumed_ac) AS kwh_sum,
+                     public.counter_increase(kwh_consumed_ac ORDER BY ts) AS kwh_increase,
+                     public.last(kwh_consumed_ac, ts) AS kwh_last
               FROM public.meter_telemetry_history
               WHERE ts >= lower(piece) AND ts < upper(piece) GROUP BY 1, 2) r
-        LEFT JOIN public.meter_hourly_materialized h USING (meter_id, hour));
+        FULL JOIN (SELECT * FROM public.meter_hourly_materialized
+                   WHERE hour >= lower(piece) AND hour < upper(piece)) h USING (meter_id, hour)
+        WHERE (r.readings, r.kwh_last) IS DISTINCT FROM (h.readings, h.kwh_last)
+           OR NOT public.is_close(r.kwh_sum, h.kwh_sum)
+           OR NOT public.is_close(r.kwh_increase, h.kwh_increase));
     ELSE
-      missing := missing + (
-        SELECT coalesce(sum(greatest(r.readings - coalesce(h.readings, 0), 0)), 0)
-        FROM (SELECT vehicle_id, date_bin('1 hour', ts, 'epoch') AS hour, count(*) AS readings
+      unrolled := unrolled + (
+        SELECT count(*)
+        FROM (SELECT vehicle_id, date_bin('1 hour', ts, 'epoch') AS hour, count(*) AS readings,
+                     sum(kwh_delivered_dc) AS kwh_sum,
+                     public.counter_increase(kwh_delivered_dc ORDER BY ts) AS kwh_increase,
+                     public.last(kwh_delivered_dc, ts) AS kwh_last,
+                     sum(battery_temp) AS temp_sum
               FROM public.vehicle_telemetry_history
               WHERE ts >= lower(piece) AND ts < upper(piece) GROUP BY 1, 2) r
-        LEFT JOIN public.vehicle_hourly_materialized h USING (vehicle_id, hour));
+        FULL JOIN (SELECT * FROM public.vehicle_hourly_materialized
+                   WHERE hour >= lower(piece) AND hour < upper(piece)) h USING (vehicle_id, hour)
+        WHERE (r.readings, r.kwh_last) IS DISTINCT FROM (h.readings, h.kwh_last)
+           OR NOT public.is_close(r.kwh_sum, h.kwh_sum)
+           OR NOT public.is_close(r.kwh_increase, h.kwh_increase)
+           OR NOT public.is_close(r.temp_sum, h.battery_temp_sum));
     END IF;
   END LOOP;
-  RETURN missing;
+  RETURN unrolled;
 END $$;
 
--- Quarantine past its retention, and the record of the service's own job runs.
+-- Whether two sums are the same but for the order in which they were added up.
+CREATE OR REPLACE FUNCTION is_close(a float8, b float8) RETURNS boolean
+LANGUAGE sql IMMUTABLE AS $$
+  SELECT abs(a - b) <= 1e-9 * greatest(abs(a), abs(b), 1)
+$$;
+
+-- Quarantine past its retention, the record of the service's own job runs, and flags of readings that no
+-- hourly rollup speaks of any more.
 CREATE OR REPLACE PROCEDURE sweep_expired(job_id integer, config jsonb)
 LANGUAGE sql AS $$
   DELETE FROM public.quarantine WHERE last_seen < now() - (config ->> 'drop_after')::interval;
   DELETE FROM public.job_run WHERE started_at < now() - INTERVAL '90 days';
+  DELETE FROM public.suspect_reading s USING timescaledb_information.jobs j
+  JOIN timescaledb_information.continuous_aggregates a
+    ON a.materialization_hypertable_name = j.hypertable_name
+  WHERE j.proc_name = 'policy_retention' AND a.view_name = s.device_class || '_hourly'
+    AND s.ts < now() - (j.config ->> 'drop_after')::interval;
 $$;

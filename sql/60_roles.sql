@@ -40,7 +40,8 @@ GRANT USAGE ON SCHEMA public TO energy_reader, energy_ingest;
 GRANT SELECT ON
   meter_telemetry_history, vehicle_telemetry_history, meter_live_status, vehicle_live_status,
   meter_hourly, vehicle_hourly, meter_daily, vehicle_daily,
-  meter_energy_hourly_v1, vehicle_energy_hourly_v1, meter_energy_daily_v1, vehicle_energy_daily_v1
+  meter_energy_hourly_v1, vehicle_energy_hourly_v1, meter_energy_daily_v1, vehicle_energy_daily_v1,
+  correction, corrected_meter_reading, corrected_vehicle_reading, suspect_reading, plausibility_limit
 TO energy_reader;
 GRANT EXECUTE ON FUNCTION
   vehicle_performance_v1(text, timestamptz, timestamptz),
@@ -59,3 +60,9 @@ GRANT SELECT, INSERT ON meter_telemetry_history, vehicle_telemetry_history TO en
 GRANT SELECT, INSERT, UPDATE ON meter_live_status, vehicle_live_status, quarantine TO energy_ingest;
 GRANT SELECT, INSERT ON meter, vehicle TO energy_ingest;
 GRANT SELECT ON charging_assignment TO energy_ingest;
+GRANT SELECT ON corrected_meter_reading, corrected_vehicle_reading, plausibility_limit TO energy_ingest;
+GRANT EXECUTE ON FUNCTION
+  judge_inserted(text, text[], timestamptz[]), plausible_kwh(float8, interval, interval),
+  plausible_change(float8, interval),
+  clock_hours_behind(timestamptz, timestamptz, timestamptz, timestamptz)
+TO energy_ingest;

@@ -48,6 +48,18 @@ COMMENT ON VIEW vehicle_energy_daily_v1 IS
 COMMENT ON VIEW job_status IS
   'Policies and jobs with their last run, whether TimescaleDB''s workers ran it or the service did.';
 
+COMMENT ON TABLE correction IS
+  'What an administrator has voided or replaced, with the reason. History holds what is valid.';
+COMMENT ON TABLE corrected_meter_reading IS
+  'Readings of meters as they were before a correction took them out of history. Sent again, they are duplicates.';
+COMMENT ON TABLE corrected_vehicle_reading IS
+  'Readings of vehicles as they were before a correction took them out of history. Sent again, they are duplicates.';
+COMMENT ON TABLE plausibility_limit IS
+  'What a device can do, by class: over a hard limit a reading is not taken, over a soft one it is flagged. NULL: no such limit.';
+COMMENT ON TABLE suspect_reading IS
+  'Readings of history that are not plausible after the reading before them, each with the reason. They are in every figure.';
+
+COMMENT ON TYPE judged_reading IS 'A reading of either class, as it is judged. Internal.';
 COMMENT ON TYPE piece_measures IS 'What one device measured in a piece of time. Internal.';
 COMMENT ON TYPE vehicle_performance IS
   'The row of vehicle_performance_v1(): the answer''s names in snake_case.';
@@ -135,6 +147,28 @@ BEGIN
       (NULL, 'dc_readings', 'Readings of the vehicle.'),
       (NULL, 'ac_coverage', 'ac_readings over what the meters'' reporting intervals promise while assigned, 0 to 1.'),
       (NULL, 'dc_coverage', 'dc_readings over what the vehicle''s reporting interval promises, 0 to 1.'),
+      (NULL, 'suspect_readings', 'Readings among those of the vehicle and of its meters that are flagged as not plausible.'),
+      (NULL, 'correction_id', 'Number of the correction, as in the API.'),
+      (NULL, 'device_class', 'meter or vehicle.'),
+      (NULL, 'action', 'void: readings were taken out. replace: others were put in their place.'),
+      (NULL, 'reason', 'Why, in the words of who did it.'),
+      (NULL, 'made_by', 'Who did it: the API key, or the user of the command line.'),
+      (NULL, 'made_at', 'When it was done.'),
+      (NULL, 'voided', 'How many readings were taken out of history.'),
+      (NULL, 'stored', 'How many readings were put into history.'),
+      ('correction', 'during', 'The piece of time whose readings were corrected.'),
+      (NULL, 'suspect_id', 'Number of the flag; judged again, a reading gets a new one.'),
+      (NULL, 'power_kw_soft', 'kW over which a reading is flagged.'),
+      (NULL, 'power_kw_hard', 'kW over which a reading is not taken.'),
+      (NULL, 'step_kwh_soft', 'kWh over which the step of a register is flagged.'),
+      (NULL, 'step_kwh_hard', 'kWh over which the step of a register is not taken.'),
+      (NULL, 'temp_rate_soft', 'Degrees Celsius a minute over which a reading is flagged.'),
+      (NULL, 'temp_rate_hard', 'Degrees Celsius a minute over which a reading is not taken.'),
+      (NULL, 'soc_rate_soft', 'Percent of charge a minute over which a reading is flagged.'),
+      (NULL, 'soc_rate_hard', 'Percent of charge a minute over which a reading is not taken.'),
+      ('suspect_reading', 'code', 'What is not plausible: power, unit_mixup, register_step, temperature_rate, soc_rate, clock_offset.'),
+      ('suspect_reading', 'detail', 'The same in words, with figures.'),
+      ('judged_reading', 'temp', 'Battery temperature, degrees Celsius; NULL for a meter.'),
       (NULL, 'verdict', 'The first that applies: no_meter, insufficient_data (a coverage under 0.9), above_one, below_threshold (ratio under 0.85), ok.'),
       ('meter_live_status', 'ts', 'When the meter read last, by its own clock.'),
       ('vehicle_live_status', 'ts', 'When the vehicle read last, by its own clock.')
@@ -208,10 +242,45 @@ COMMENT ON FUNCTION hypertable_number(regclass) IS
   'The number by which jobs know a hypertable or the materialization of an aggregate.';
 COMMENT ON PROCEDURE hold_retention(integer, jsonb) IS
   'Job: retention is scheduled only while every refresh goes well, on time, and all that would be dropped is rolled up.';
-COMMENT ON FUNCTION unrolled_readings(text, timestamptz) IS
-  'How many raw readings of a class before an instant the hourly rollup lacks.';
+COMMENT ON FUNCTION unrolled_hours(text, timestamptz) IS
+  'How many hours of devices of a class before an instant the hourly rollup lacks, or holds otherwise than raw readings say.';
+COMMENT ON FUNCTION is_close(float8, float8) IS
+  'Whether two sums are the same but for the order in which they were added up.';
 COMMENT ON PROCEDURE sweep_expired(integer, jsonb) IS
   'Job: delete quarantine past its retention, and records of job runs older than 90 days.';
+
+COMMENT ON FUNCTION rolled_before(text, text, timestamptz, timestamptz) IS
+  'The newest hour of a device''s rollup before an instant, and its last kWh.';
+COMMENT ON FUNCTION raw_dirty_hours(text, timestamptz, timestamptz) IS
+  'The hours between two instants that have raw rows and that the rollup does not, or not rightly, hold.';
+COMMENT ON FUNCTION plausible_kwh(float8, interval, interval) IS
+  'kWh that may have flowed between two readings at a power in kW.';
+COMMENT ON FUNCTION plausible_change(float8, interval) IS
+  'What may have changed between two readings at a rate per minute.';
+COMMENT ON FUNCTION clock_hours_behind(timestamptz, timestamptz, timestamptz, timestamptz) IS
+  'By how many whole hours a device''s clock is behind ours; NULL: it is not.';
+COMMENT ON FUNCTION implausibilities(
+  judged_reading, judged_reading, text, interval, float8, float8, float8, float8) IS
+  'What is not plausible in a reading, as seen from the one before it: code and detail.';
+COMMENT ON FUNCTION readings_to_judge(text, text, timestamptz, timestamptz) IS
+  'The readings of one device between two instants, both inclusive.';
+COMMENT ON FUNCTION reading_before(text, text, timestamptz) IS
+  'The last reading of one device before an instant, at most ten days before.';
+COMMENT ON FUNCTION next_reading_ts(text, text, timestamptz) IS
+  'When one device read next after an instant, at most ten days after.';
+COMMENT ON FUNCTION judge_range(text, text, timestamptz, timestamptz) IS
+  'Flag anew what is suspect in one device''s readings between two instants, and in the one after.';
+COMMENT ON FUNCTION declared_device(text, text) IS 'Energy kind and reporting interval of a device.';
+COMMENT ON FUNCTION judge_inserted(text, text[], timestamptz[]) IS
+  'For the writer: flag what is suspect among readings just inserted; take out, and return, what breaks a hard limit.';
+COMMENT ON FUNCTION refuse_implausible(text, text[], timestamptz[]) IS
+  'Take out, and return, those of some readings that break a hard limit.';
+COMMENT ON FUNCTION hold_ingest(text) IS
+  'Hold off ingest of a class until the transaction ends.';
+COMMENT ON FUNCTION reset_live(text, text, timestamptz) IS
+  'Make the live row of a device be its newest reading, after readings up to an instant have changed.';
+COMMENT ON FUNCTION suspect_count(text, text, timestamptz, timestamptz) IS
+  'How many of a device''s readings in a window are flagged.';
 
 COMMENT ON ROLE energy_reader IS 'May read the documented names of energy-platform; for analysts and Grafana.';
 COMMENT ON ROLE energy_ingest IS 'May add readings to energy-platform; may not change history.';

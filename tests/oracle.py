@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import psycopg
@@ -16,11 +17,13 @@ HOUR = timedelta(hours=1)
 
 
 class Reading(NamedTuple):
-    """One reading. `celsius` is 0 for a meter. Unit: kWh."""
+    """One reading. `celsius` is 0 for a meter, `received_at` None for at once. Units: kWh, %."""
 
     ts: datetime
     kwh: float
     celsius: float = 0.0
+    soc: float = 50.0
+    received_at: datetime | None = None
 
 
 class Device(NamedTuple):
@@ -62,6 +65,9 @@ class Story:
         metered = Fraction(0)
         ac_readings = 0
         promised = Fraction(0)
+        suspect = _suspects(
+            self.vehicle_readings.get(vehicle_id, {}), vehicle, since, until, has_battery=True
+        )
         for assignment in self.assignments:
             if assignment.vehicle_id != vehicle_id:
                 continue
@@ -74,6 +80,10 @@ class Story:
             mine = [kwh for reading, kwh in fed if begin <= reading.ts < end]
             ac = (ac or Fraction(0)) + sum(mine, Fraction(0))
             ac_readings += len(mine)
+            suspect += _suspects(
+                self.meter_readings.get(assignment.meter_id, {}), meter, begin, end,
+                has_battery=False,
+            )  # fmt: skip
             promised += _seconds(end - begin) / Fraction(meter.interval_seconds)
             metered += sum(
                 (kwh for reading, kwh in in_window if begin <= reading.ts < end), Fraction(0)
@@ -99,6 +109,7 @@ class Story:
             "ac_coverage": float(ac_coverage),
             "dc_coverage": float(dc_coverage),
             "verdict": _verdict(ac, metered, ratio, min(ac_coverage, dc_coverage)),
+            "suspect_readings": suspect,
         }
 
     def cut_hours(
@@ -137,6 +148,52 @@ def _steps(readings: dict[datetime, Reading], kind: str) -> list[tuple[Reading, 
         steps.append((readings[ts], step))
         previous = value
     return steps
+
+
+def _suspects(
+    readings: dict[datetime, Reading],
+    device: Device,
+    since: datetime,
+    until: datetime,
+    *,
+    has_battery: bool,
+) -> int:
+    """How many readings in since <= ts < until are implausible after the one before them."""
+    instants = sorted(readings)
+    return sum(
+        bool(implausible(readings[ts], readings[before], device, has_battery=has_battery))
+        for before, ts in pairwise(instants)
+        if since <= ts < until
+    )
+
+
+def implausible(
+    reading: Reading, before: Reading, device: Device, *, has_battery: bool
+) -> set[str]:
+    """Why a reading is suspect under the limits that a new database has."""
+    span = reading.ts - before.ts
+    if span > timedelta(days=10):
+        return set()
+    seconds = span.total_seconds()
+    energy = reading.kwh
+    if device.kind == "register" and before.kwh <= reading.kwh:
+        energy = reading.kwh - before.kwh
+    faults = set()
+    if energy > 500 * max(seconds, device.interval_seconds) / 3600 + 0.1:
+        faults.add("power")
+    if device.kind == "register" and energy > 1000:
+        faults.add("register_step")
+    if has_battery and abs(reading.celsius - before.celsius) > 1 + 5 * seconds / 60:
+        faults.add("temperature_rate")
+    if has_battery and abs(reading.soc - before.soc) > 1 + 15 * seconds / 60:
+        faults.add("soc_rate")
+    late = (reading.received_at or reading.ts) - reading.ts
+    drift = late - ((before.received_at or before.ts) - before.ts)
+    hours = round(late / HOUR)
+    is_whole = 1 <= hours <= 14 and abs(late - hours * HOUR) <= timedelta(minutes=2)
+    if is_whole and abs(drift) <= span / 2:
+        faults.add("clock_offset")
+    return faults
 
 
 def _seconds(span: timedelta) -> Fraction:
@@ -183,6 +240,7 @@ class World(Story):
             " reporting_interval = excluded.reporting_interval",
             (device, kind, timedelta(seconds=seconds)),
         )
+        self.db.execute("SELECT judge_range(%s, %s, '-infinity', 'infinity')", (table, device))
 
     def assign(
         self, meter_id: str, vehicle_id: str, since: datetime, until: datetime | None = None
@@ -200,21 +258,35 @@ class World(Story):
         new = _first_of_each(readings, known)
         self.db.execute(
             "INSERT INTO meter_telemetry_history"
-            " SELECT %s, ts, kwh, 230, ts FROM unnest(%s::timestamptz[], %s::float8[]) r(ts, kwh)"
+            " SELECT %s, ts, kwh, 230, at"
+            " FROM unnest(%s::timestamptz[], %s::float8[], %s::timestamptz[]) r(ts, kwh, at)"
             " ON CONFLICT DO NOTHING",
-            (meter_id, [r.ts for r in new], [r.kwh for r in new]),
-        )
+            (meter_id, [r.ts for r in new], [r.kwh for r in new],
+             [r.received_at or r.ts for r in new]),
+        )  # fmt: skip
+        self._judge("meter", meter_id, new)
 
     def read_vehicle(self, vehicle_id: str, readings: Iterable[Reading]) -> None:
         """The same for a vehicle."""
         known = self.vehicle_readings.setdefault(vehicle_id, {})
         new = _first_of_each(readings, known)
         self.db.execute(
-            "INSERT INTO vehicle_telemetry_history SELECT %s, ts, 50, kwh, celsius, ts"
-            " FROM unnest(%s::timestamptz[], %s::float8[], %s::float8[]) r(ts, kwh, celsius)"
+            "INSERT INTO vehicle_telemetry_history SELECT %s, ts, soc, kwh, celsius, at"
+            " FROM unnest(%s::timestamptz[], %s::float8[], %s::float8[], %s::float8[],"
+            "             %s::timestamptz[]) r(ts, soc, kwh, celsius, at)"
             " ON CONFLICT DO NOTHING",
-            (vehicle_id, [r.ts for r in new], [r.kwh for r in new], [r.celsius for r in new]),
-        )
+            (vehicle_id, [r.ts for r in new], [r.soc for r in new], [r.kwh for r in new],
+             [r.celsius for r in new], [r.received_at or r.ts for r in new]),
+        )  # fmt: skip
+        self._judge("vehicle", vehicle_id, new)
+
+    def _judge(self, device_class: str, device: str, new: list[Reading]) -> None:
+        """Have the new readings judged, as the writer does."""
+        if new:
+            self.db.execute(
+                "SELECT judge_inserted(%s, array_fill(%s::text, ARRAY[%s]), %s)",
+                (device_class, device, len(new), [r.ts for r in new]),
+            )
 
     def refresh(self, since: datetime | None = None, until: datetime | None = None) -> None:
         """Roll up both classes by the hour; None: without end."""

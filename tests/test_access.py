@@ -54,6 +54,12 @@ ROUTES: list[tuple[str, str, str | None, Any]] = [
     ("PUT", "/v1/vehicles/V-1", "admin", {}),
     ("PUT", "/v1/assignments", "admin", {}),
     ("DELETE", "/v1/assignments/1", "admin", None),
+    ("GET", "/v1/limits", "read", None),
+    ("PUT", "/v1/limits/meter", "admin", {}),
+    ("GET", "/v1/suspects", "read", None),
+    ("POST", "/v1/corrections", "admin", {}),
+    ("GET", "/v1/corrections", "admin", None),
+    ("GET", "/v1/corrections/1/readings", "admin", None),
     ("GET", "/v1/quarantine", "admin", None),
     ("POST", "/v1/quarantine/replay", "admin", {"ids": []}),
     ("GET", "/health/live", None, None),
@@ -87,7 +93,8 @@ def test_every_route_asks_for_its_scope(
 def test_no_route_is_left_out(api: httpx.Client) -> None:
     known = {path for _, path, _, _ in ROUTES}
     for path in api.get("/schema/openapi.json").json()["paths"]:
-        concrete = path.replace("{assignmentId}", "1")
+        concrete = path.replace("{assignmentId}", "1").replace("{correctionId}", "1")
+        concrete = concrete.replace("{deviceClass}", "meter")
         concrete = concrete.replace("{meterId}", "M-1").replace("{vehicleId}", "V-1")
         assert concrete in known, f"{path} has no row in ROUTES"
 

@@ -345,6 +345,7 @@ def test_the_briefs_example(api: httpx.Client) -> None:
         "acCoverage": pytest.approx(1 / 1440),
         "dcCoverage": pytest.approx(1 / 1440),
         "verdict": "insufficient_data",
+        "suspectReadings": 0,
     }
 
 
@@ -798,6 +799,11 @@ ROUTES = {
     "/v1/assignments/{assignmentId}": {"delete"},
     "/v1/quarantine": {"get"},
     "/v1/quarantine/replay": {"post"},
+    "/v1/corrections": {"get", "post"},
+    "/v1/corrections/{correctionId}/readings": {"get"},
+    "/v1/limits": {"get"},
+    "/v1/limits/{deviceClass}": {"put"},
+    "/v1/suspects": {"get"},
     "/health/live": {"get"},
     "/health/ready": {"get"},
     "/metrics": {"get"},

@@ -14,7 +14,16 @@ ROWS: list[set[str]] = [
     {"errors"},
     {"settings"},  # a setting that is none is a SetupError
     {"readings", "database"},
-    {"ingest", "performance", "fleet", "quarantine", "access", "schema"},
+    {
+        "ingest",
+        "performance",
+        "fleet",
+        "quarantine",
+        "access",
+        "schema",
+        "corrections",
+        "plausibility",
+    },
     {"http"},
     {"cli"},
 ]

@@ -135,7 +135,7 @@ class Life:
             return "drop nothing"
         self.world.refresh_one(f"{device_class}_hourly", self.kept[device_class], until)
         # A refresh may leave an hour of its window dirty (seen on 2.28.3): retention's gate waits.
-        row = self.db.execute("SELECT unrolled_readings(%s, %s)", (device_class, until)).fetchone()
+        row = self.db.execute("SELECT unrolled_hours(%s, %s)", (device_class, until)).fetchone()
         if row != (0,):
             return f"drop held {device_class} until {until}: {row}"
         self.db.execute(

@@ -278,11 +278,23 @@ instants = minutes.map(lambda minute: DAY + minute * MINUTE) | st.builds(
     st.integers(0, HALF_DAYS * 12 - 1),
     st.sampled_from([-1, 0, 1, 1_800_000_000]),
 )
+
+
+def read_late(ts: datetime, kwh: float, celsius: float, soc: float, late: timedelta) -> Reading:
+    return Reading(ts, kwh, celsius, soc, ts + late)
+
+
+# Clocks that are right, that are off by whole hours, or nearly so.
+lateness = st.sampled_from([0, 1, 59, 60, 61, 120, 125, 840, 900]).map(
+    lambda minutes: timedelta(minutes=minutes)
+)
+soc = st.sampled_from([50.0, 51.0, 70.0, 0.0])
 kinds = st.sampled_from(["interval", "register"])
 kwh = st.sampled_from([0.0, 1.0, 1e9]) | st.floats(0, 1000, allow_subnormal=False)
 celsius = st.floats(-60, 150, allow_subnormal=False)
 readings = st.lists(
-    st.tuples(st.builds(Reading, instants, kwh, celsius), st.booleans()), max_size=30
+    st.tuples(st.builds(read_late, instants, kwh, celsius, soc, lateness), st.booleans()),
+    max_size=30,
 )
 matches = st.sampled_from(
     [(None, None), ("m1", None), (None, "m1"), ("m1", "m2"), ("m2", "m1"), ("m2", None)]

@@ -19,7 +19,8 @@ READABLE = {
     "meter_telemetry_history", "vehicle_telemetry_history", "meter_live_status",
     "vehicle_live_status", "meter_hourly", "vehicle_hourly", "meter_daily", "vehicle_daily",
     "meter_energy_hourly_v1", "vehicle_energy_hourly_v1", "meter_energy_daily_v1",
-    "vehicle_energy_daily_v1",
+    "vehicle_energy_daily_v1", "correction", "corrected_meter_reading",
+    "corrected_vehicle_reading", "suspect_reading", "plausibility_limit",
 }  # fmt: skip
 
 # Pure arithmetic that a real-time aggregate evaluates with the rights of the one who asks.
@@ -69,7 +70,9 @@ def test_the_reader_reads_what_is_documented_and_nothing_else(db: psycopg.Connec
     assert allowed("energy_ingest", "UPDATE") == live | {"quarantine"}
     for right in ("DELETE", "TRUNCATE"):
         assert allowed("energy_ingest", right) == set()
-    assert executable("energy_ingest") == ARITHMETIC
+    assert executable("energy_ingest") == ARITHMETIC | {
+        "judge_inserted", "plausible_kwh", "plausible_change", "clock_hours_behind",
+    }  # fmt: skip
 
 
 def test_roles_bite(db: psycopg.Connection[Any]) -> None:
@@ -232,6 +235,16 @@ def test_every_statement_of_the_manual_runs_as_the_reader(db: psycopg.Connection
             f"INSERT INTO {device_class}_live_status SELECT {columns}"
             f" FROM {device_class}_telemetry_history ORDER BY ts DESC LIMIT 1"
         )
+    # A reading that cannot be, corrected to one that cannot be either.
+    world.read_vehicle("V-201", [Reading(now - HOUR + MINUTE / 2, 500.0)])
+    db.execute(
+        "WITH c AS (INSERT INTO correction (device_class, device_id, during, action, reason,"
+        "                                   made_by, made_at, voided, stored)"
+        "           VALUES ('vehicle', 'V-201', tstzrange(now(), NULL), 'void', 'why', 'who', now(),"
+        "                   1, 0)"
+        "           RETURNING correction_id)"
+        " INSERT INTO corrected_vehicle_reading SELECT 'V-201', now(), 1, 1, 1, now(), c.* FROM c"
+    )
     text = MANUAL.read_text("utf-8")
     statements = re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S)
     assert len(statements) >= 8

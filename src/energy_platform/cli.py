@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import getpass
 import os
 import signal
 import socket
@@ -14,10 +15,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
-from energy_platform import __version__, access, database, doctor, files, logs, runtime, schema
+from energy_platform import (
+    __version__,
+    access,
+    corrections,
+    database,
+    doctor,
+    files,
+    logs,
+    runtime,
+    schema,
+)
 from energy_platform.errors import (
     EnergyError,
     RequestError,
@@ -499,6 +511,68 @@ def run_export(settings: Settings, arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def add_correct_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    void = actions.add_parser("void", help="take readings out of history")
+    replace = actions.add_parser("replace", help="put other readings in their place")
+    replace.add_argument(
+        "file", help="the readings as they are sent to ingest, one a line; - for standard input"
+    )
+    for action in (void, replace):
+        _add_settings(action, "correct")
+    parser.epilog = (
+        "Name the device by --meter or --vehicle, and one reading by --at, or all of a time by "
+        "--since and --until. The originals are kept with the reason. The same again changes "
+        "nothing."
+    )
+
+
+def run_correct(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Void or replace readings of a device."""
+    wish: dict[str, Any] = {
+        "action": arguments.action,
+        "reason": settings.reason,
+        "meterId": settings.meter,
+        "vehicleId": settings.vehicle,
+        "timestamp": settings.at,
+        "since": settings.since,
+        "until": settings.until,
+    }
+    if not settings.reason:
+        raise SetupError("A correction needs a --reason.")
+    if arguments.action == "replace":
+        is_piped = arguments.file == "-"
+        text = sys.stdin.buffer.read() if is_piped else Path(arguments.file).read_bytes()
+        wish["readings"] = [msgspec.Raw(line) for line in text.splitlines() if line.strip()]
+    request = corrections.decode_request(msgspec.json.encode(wish))
+
+    async def correct(dsn: str) -> corrections.MadeCorrection:
+        async with database.open_pool(dsn, name="correct", connections_max=1) as pool:
+            return await corrections.correct(
+                pool,
+                request,
+                made_by=f"command line ({getpass.getuser()})",
+                now=utc_now(),
+                late_window=settings.late_window,
+                refresh_end=settings.refresh_end,
+            )
+
+    with runtime.open_database(settings, may_create=False) as dsn:
+        with database.connect_now(dsn, "energy-platform correct") as connection:
+            if schema.missing_migrations(connection):
+                raise SetupError("The schema is not there.", hint="run `energy-platform migrate`")
+        made = asyncio.run(correct(dsn))
+    if made.correction_id is None:
+        _say("Nothing had to change.")
+    else:
+        rollups = "follow at the next refresh" if not made.rolled_up else "show it already"
+        _say(
+            f"Correction {made.correction_id}: {made.voided} readings taken out, {made.stored} put "
+            f"in. Every answer has changed; the rollups {rollups}."
+        )
+    return DONE
+
+
 COMMANDS: Final[dict[str, Command]] = {
     "up": Command("database, schema, service and jobs, all in one", run_up),
     "serve": Command("the HTTP service alone, on a database server", run_serve),
@@ -515,6 +589,9 @@ COMMANDS: Final[dict[str, Command]] = {
         "a file in, through the rules of the service", run_import, add_import_arguments
     ),
     "export": Command("a device's history out, as NDJSON", run_export, add_export_arguments),
+    "correct": Command(
+        "void or replace readings, with a reason", run_correct, add_correct_arguments
+    ),
     "keys": Command("make, list and revoke API keys", run_keys, add_keys_arguments),
 }
 

@@ -1,7 +1,7 @@
 """Connections, named queries, bounded retry, and the only border where SQLSTATEs become errors."""
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final, LiteralString, TypeVar, cast
@@ -9,12 +9,14 @@ from typing import Any, Final, LiteralString, TypeVar, cast
 import psycopg
 from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import class_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from energy_platform.errors import OverloadedError, SetupError, StorageError, UnreachableError
 
 Pool = AsyncConnectionPool[AsyncConnection[Any]]
 T = TypeVar("T")
+Row = TypeVar("Row")
 
 CONNECT_SECONDS_MAX: Final = 5
 READ_ATTEMPTS_MAX: Final = 3
@@ -108,6 +110,19 @@ async def read(pool: Pool, query: Callable[[AsyncConnection[Any]], Awaitable[T]]
                 if attempt == READ_ATTEMPTS_MAX - 1:
                     raise
         raise AssertionError("the loop returns or raises")
+
+
+async def fetch_rows(
+    pool: Pool, query: Any, row_type: type[Row], parameters: Mapping[str, Any]
+) -> list[Row]:
+    """All rows of a query that changes nothing, each a `row_type` by the names of the columns."""
+
+    async def fetch(connection: AsyncConnection[Any]) -> list[Row]:
+        async with connection.cursor(row_factory=class_row(row_type)) as cursor:
+            await cursor.execute(query, parameters)
+            return await cursor.fetchall()
+
+    return await read(pool, fetch)
 
 
 @asynccontextmanager

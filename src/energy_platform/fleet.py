@@ -6,8 +6,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import psycopg
-from psycopg import AsyncConnection
-from psycopg.rows import class_row
 
 from energy_platform import database
 from energy_platform.errors import ConflictError, NotFoundError, UnprocessableError
@@ -85,7 +83,6 @@ class Assignment(msgspec.Struct, rename="camel"):
 
 Device = TypeVar("Device", Meter, Vehicle)
 Live = TypeVar("Live", LiveMeter, LiveVehicle)
-Row = TypeVar("Row")
 
 _NOUN: dict[type[Any], str] = {
     Meter: "meter",
@@ -110,9 +107,19 @@ async def put_device(
         "energy_kind": declaration.energy_kind or None,
         "reporting_interval": interval or None,
     }
+    noun = _NOUN[kind]
     async with database.transaction(pool) as connection:
-        cursor = await connection.execute(_SQL[f"put_{_NOUN[kind]}"], parameters)
+        # What is plausible for it may be otherwise now, and no reading may be judged meanwhile.
+        cursor = await connection.execute(_SQL[f"changes_{noun}"], parameters)
+        is_changed = await cursor.fetchone() is not None
+        if is_changed:
+            await connection.execute(_SQL["hold_ingest"], {"device_class": noun})
+        cursor = await connection.execute(_SQL[f"put_{noun}"], parameters)
         row = await cursor.fetchone()
+        if is_changed:
+            await connection.execute(
+                _SQL["judge_device"], {"device_class": noun, "device_id": device_id}
+            )
     assert row is not None
     energy_kind, reporting_interval, made = row
     return kind(device_id, energy_kind, reporting_interval), made
@@ -123,13 +130,13 @@ async def fetch_devices(
 ) -> list[Device]:
     """A page of the registry, in the order of ids."""
     parameters = {"device_id": None, "after": after, "limit": limit}
-    return await _fetch(pool, f"fetch_{_NOUN[kind]}s", kind, parameters)
+    return await database.fetch_rows(pool, _SQL[f"fetch_{_NOUN[kind]}s"], kind, parameters)
 
 
 async def fetch_device(pool: database.Pool, kind: type[Device], device_id: str) -> Device:
     """One device of the registry. Raises: NotFoundError."""
     parameters = {"device_id": device_id, "after": None, "limit": 1}
-    rows = await _fetch(pool, f"fetch_{_NOUN[kind]}s", kind, parameters)
+    rows = await database.fetch_rows(pool, _SQL[f"fetch_{_NOUN[kind]}s"], kind, parameters)
     if not rows:
         raise _unknown(_NOUN[kind], device_id)
     return rows[0]
@@ -140,13 +147,13 @@ async def fetch_live_page(
 ) -> list[Live]:
     """The newest reading of a page of devices, in the order of ids."""
     parameters = {"device_id": None, "after": after, "limit": limit, "now": now}
-    return await _fetch(pool, f"fetch_live_{_NOUN[kind]}s", kind, parameters)
+    return await database.fetch_rows(pool, _SQL[f"fetch_live_{_NOUN[kind]}s"], kind, parameters)
 
 
 async def fetch_live(pool: database.Pool, kind: type[Live], device_id: str, now: datetime) -> Live:
     """The newest reading of one device. Raises: NotFoundError where it was never heard."""
     parameters = {"device_id": device_id, "after": None, "limit": 1, "now": now}
-    rows = await _fetch(pool, f"fetch_live_{_NOUN[kind]}s", kind, parameters)
+    rows = await database.fetch_rows(pool, _SQL[f"fetch_live_{_NOUN[kind]}s"], kind, parameters)
     if not rows:
         raise _unknown(_NOUN[kind], device_id)
     return rows[0]
@@ -183,7 +190,9 @@ async def put_assignment(
                     cursor = await connection.execute(_SQL["add_assignment"], parameters)
                     row = await cursor.fetchone()
         except psycopg.errors.ExclusionViolation as error:
-            overlapping = await _fetch(pool, "fetch_overlapping", Assignment, parameters)
+            overlapping = await database.fetch_rows(
+                pool, _SQL["fetch_overlapping"], Assignment, parameters
+            )
             if not overlapping:
                 continue  # the other one is gone again, or was this very assignment
             (other,) = overlapping
@@ -216,7 +225,7 @@ async def fetch_assignments(
         "after": after,
         "limit": limit,
     }
-    return await _fetch(pool, "fetch_assignments", Assignment, parameters)
+    return await database.fetch_rows(pool, _SQL["fetch_assignments"], Assignment, parameters)
 
 
 async def delete_assignment(pool: database.Pool, assignment_id: int) -> None:
@@ -227,17 +236,6 @@ async def delete_assignment(pool: database.Pool, assignment_id: int) -> None:
         )
         if await cursor.fetchone() is None:
             raise NotFoundError(f"There is no assignment {assignment_id}.")
-
-
-async def _fetch(
-    pool: database.Pool, query_name: str, row_type: type[Row], parameters: dict[str, Any]
-) -> list[Row]:
-    async def query(connection: AsyncConnection[Any]) -> list[Row]:
-        async with connection.cursor(row_factory=class_row(row_type)) as cursor:
-            await cursor.execute(_SQL[query_name], parameters)
-            return await cursor.fetchall()
-
-    return await database.read(pool, query)
 
 
 def _unknown(noun: str, device_id: str) -> NotFoundError:

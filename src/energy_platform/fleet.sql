@@ -18,6 +18,25 @@ SET energy_kind = coalesce(%(energy_kind)s, d.energy_kind),
     reporting_interval = coalesce(%(reporting_interval)s, d.reporting_interval)
 RETURNING energy_kind, reporting_interval, xmax = 0 AS made
 
+-- name: changes_meter
+-- A row where a declaration would change what is declared of a device.
+SELECT FROM meter
+WHERE meter_id = %(device_id)s
+  AND (coalesce(%(energy_kind)s, energy_kind) <> energy_kind
+       OR coalesce(%(reporting_interval)s, reporting_interval) <> reporting_interval)
+
+-- name: changes_vehicle
+SELECT FROM vehicle
+WHERE vehicle_id = %(device_id)s
+  AND (coalesce(%(energy_kind)s, energy_kind) <> energy_kind
+       OR coalesce(%(reporting_interval)s, reporting_interval) <> reporting_interval)
+
+-- name: hold_ingest
+SELECT hold_ingest(%(device_class)s)
+
+-- name: judge_device
+SELECT judge_range(%(device_class)s, %(device_id)s, '-infinity', 'infinity')
+
 -- name: fetch_meters
 -- One device by its id, or a page of them in the order of their ids.
 SELECT meter_id, energy_kind, reporting_interval FROM meter

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -33,6 +33,7 @@ from energy_platform.readings import (
 
 Outcome = Literal["stored", "duplicate", "conflicting", "rejected"]
 OUTCOMES: Final[tuple[Outcome, ...]] = ("stored", "duplicate", "conflicting", "rejected")
+Verdict = Outcome | Rejection  # what becomes of a reading, or why it is rejected
 
 TRANSACTION_READINGS_MAX: Final = 20_000
 ATTEMPTS_MAX: Final = 5  # of a transaction that deadlocks or cannot be serialized
@@ -48,16 +49,20 @@ _SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
 class _Kind(NamedTuple):
     """What differs between the two kinds of reading."""
 
+    device_class: str
     columns: tuple[str, ...]
     insert: Any
     fetch: Any
 
 
-_KINDS: Final[dict[type[MeterReading] | type[VehicleReading], _Kind]] = {
-    MeterReading: _Kind(METER_COLUMNS, _SQL["insert_meter_readings"], _SQL["fetch_meter_readings"]),
-    VehicleReading: _Kind(
-        VEHICLE_COLUMNS, _SQL["insert_vehicle_readings"], _SQL["fetch_vehicle_readings"]
-    ),
+_KINDS: Final = {
+    struct: _Kind(
+        struct.kind,
+        columns,
+        _SQL[f"insert_{struct.kind}_readings"],
+        _SQL[f"fetch_{struct.kind}_readings"],
+    )
+    for struct, columns in ((MeterReading, METER_COLUMNS), (VehicleReading, VEHICLE_COLUMNS))
 }
 
 
@@ -281,8 +286,8 @@ class Writer:
                 )
             try:
                 async with connection.transaction():
-                    outcomes = await _store(connection, lane, received_at, is_repeated)
-                self._settle(lane, outcomes)
+                    verdicts = await _store(connection, lane, received_at, is_repeated)
+                self._settle(lane, verdicts)
                 return connection
             except (psycopg.DataError, psycopg.IntegrityError) as error:
                 return await self._write_halves(connection, lane, received_at, error)
@@ -315,14 +320,15 @@ class Writer:
         if isinstance(item.reading, Rejection):
             raise error
         refusal = Rejection("refused", "$", str(error).strip(), item.reading.device_id)
-        item.submission.readings[item.position] = refusal
         return await self._write_lane(connection, [item._replace(reading=refusal)], received_at)
 
-    def _settle(self, lane: list[Item], outcomes: list[Outcome]) -> None:
+    def _settle(self, lane: list[Item], verdicts: list[Verdict]) -> None:
         self.transactions += 1
         self.transaction_readings += len(lane)
-        for (submission, position, _), outcome in zip(lane, outcomes, strict=True):
-            submission.outcomes[position] = outcome
+        for (submission, position, reading), verdict in zip(lane, verdicts, strict=True):
+            refused = verdict if isinstance(verdict, Rejection) else reading
+            submission.readings[position] = refused
+            submission.outcomes[position] = _outcome(verdict)
             submission.undecided -= 1
             if not submission.undecided and not submission.done.done():
                 submission.done.set_result(None)
@@ -343,30 +349,36 @@ class _RaceLost(Exception):
     """A reading was neither inserted nor is it visible: run the transaction again."""
 
 
+def _outcome(verdict: Verdict) -> Outcome:
+    return "rejected" if isinstance(verdict, Rejection) else verdict
+
+
 async def _store(
     connection: AsyncConnection[Any], lane: list[Item], received_at: datetime, is_repeated: bool
-) -> list[Outcome]:
-    """The statements of one transaction; returns the outcome of each item."""
-    outcomes: list[Outcome] = ["rejected"] * len(lane)
+) -> list[Verdict]:
+    """The statements of one transaction; returns the verdict on each item."""
+    verdicts: list[Verdict] = [
+        reading if isinstance(reading, Rejection) else "stored" for *_, reading in lane
+    ]
     for struct, kind in _KINDS.items():
         readings = {
             i: reading for i, (*_, reading) in enumerate(lane) if isinstance(reading, struct)
         }
         if readings:
             settled = await _store_kind(connection, kind, readings, received_at, is_repeated)
-            for i, outcome in settled.items():
-                outcomes[i] = outcome
+            for i, verdict in settled.items():
+                verdicts[i] = verdict
     unfit = [
-        item
-        for item, outcome in zip(lane, outcomes, strict=True)
-        if outcome in ("rejected", "conflicting") and item.submission.keep_unfit
+        item._replace(reading=verdict) if isinstance(verdict, Rejection) else item
+        for item, verdict in zip(lane, verdicts, strict=True)
+        if _outcome(verdict) in ("rejected", "conflicting") and item.submission.keep_unfit
     ]
     if unfit:
         columns = quarantine_columns(unfit, received_at)
         await connection.execute(
             _SQL["quarantine_payloads"], {**columns, "is_repeated": is_repeated}
         )
-    return outcomes
+    return verdicts
 
 
 async def _store_kind(
@@ -375,50 +387,92 @@ async def _store_kind(
     readings: Mapping[int, Reading],
     received_at: datetime,
     is_repeated: bool,
-) -> dict[int, Outcome]:
-    """Store readings of one kind, by their place in the lane; returns the outcome of each place."""
+) -> dict[int, Verdict]:
+    """Store readings of one kind, by their place in the lane; returns the verdict on each place."""
     # A key that comes twice in a statement is settled here: the first by position is the first.
     firsts: dict[tuple[str, datetime], int] = {}
     for place, reading in readings.items():
         firsts.setdefault((reading.device_id, reading.ts), place)
-    outcomes: dict[int, Outcome] = dict.fromkeys(readings, "stored")
+    verdicts: dict[int, Verdict] = dict.fromkeys(readings, "stored")
     unique = list(firsts.values())
     columns = transpose([readings[place] for place in unique], kind.columns)
     cursor = await connection.execute(kind.insert, {**columns, "received_at": received_at})
-    losers = [unique[position - 1] for (position,) in await cursor.fetchall()]
-    if not losers and len(unique) == len(readings):
-        return outcomes
+    losers: list[int] = []
+    doubtful: list[int] = []
+    for position, is_stored in await cursor.fetchall():
+        (doubtful if is_stored else losers).append(unique[position - 1])
+    if not losers and not doubtful and len(unique) == len(readings):
+        return verdicts
 
-    # What is stored under a key: the values of the reading that was inserted, or what was there.
-    stored = {place: readings[place].values for place in unique}
-    for place, was_received_at, values in await _fetch_stored(connection, kind, readings, losers):
-        stored[place] = values
-        # The same received_at: an earlier attempt of this very transaction was committed after all.
-        if not (is_repeated and was_received_at == received_at):
-            outcomes[place] = "duplicate"
+    if doubtful:
+        stored = set(unique) - set(losers)
+        verdicts.update(await _judge(connection, kind, readings, stored, doubtful))
+    # What is known under a key: the values of the reading that was inserted, or what was there.
+    known = {place: {readings[place].values} for place in unique}
+    if losers:
+        rows = await _fetch_known(connection, kind, readings, losers)
+        for place in losers:
+            known[place] = {values for values, _ in rows[place]}
+            # The same received_at: an earlier attempt of this very transaction was committed.
+            if not (is_repeated and any(at == received_at for _, at in rows[place])):
+                verdicts[place] = "duplicate"
     for place, reading in readings.items():
         first = firsts[reading.device_id, reading.ts]
-        if place != first or outcomes[place] != "stored":
-            outcomes[place] = "duplicate" if reading.values == stored[first] else "conflicting"
-    return outcomes
+        if place == first and verdicts[place] != "duplicate":
+            continue
+        if reading.values not in known[first]:
+            verdicts[place] = "conflicting"
+        elif isinstance(refusal := verdicts[first], Rejection):
+            verdicts[place] = refusal
+        else:
+            verdicts[place] = "duplicate"
+    return verdicts
 
 
-async def _fetch_stored(
+async def _judge(
+    connection: AsyncConnection[Any],
+    kind: _Kind,
+    readings: Mapping[int, Reading],
+    stored: Collection[int],
+    doubtful: Collection[int],
+) -> dict[int, Rejection]:
+    """Have implausible readings flagged; returns the refusal of those that broke a hard limit.
+
+    With a doubtful reading all of its device's are judged: once it is refused, they follow another.
+    """
+    devices = {readings[place].device_id for place in doubtful}
+    places = [place for place in stored if readings[place].device_id in devices]
+    keys = {
+        "device_class": kind.device_class,
+        "device_ids": [readings[place].device_id for place in places],
+        "ts": [readings[place].ts for place in places],
+    }
+    cursor = await connection.execute(_SQL["judge_inserted"], keys)
+    return {
+        (place := places[position - 1]): Rejection(code, "$", detail, readings[place].device_id)
+        for position, code, detail in await cursor.fetchall()
+    }
+
+
+async def _fetch_known(
     connection: AsyncConnection[Any],
     kind: _Kind,
     readings: Mapping[int, Reading],
     losers: list[int],
-) -> list[tuple[int, datetime, tuple[float, ...]]]:
-    """Place, received_at and values of what is stored under the keys of these places."""
-    if not losers:
-        return []
+) -> dict[int, list[tuple[tuple[float, ...], datetime]]]:
+    """By place: the values that are stored under its key, or were corrected, and received_at.
+
+    Raises: _RaceLost where nothing is known under a key.
+    """
     keys = transpose([readings[place] for place in losers], kind.columns[:2])
     bounds = {"ts_min": min(keys["ts"]), "ts_max": max(keys["ts"])}
     cursor = await connection.execute(kind.fetch, {**keys, **bounds})
-    rows = await cursor.fetchall()
-    if len(rows) != len(losers):
+    known: dict[int, list[tuple[tuple[float, ...], datetime]]] = {}
+    for position, received_at, *values in await cursor.fetchall():
+        known.setdefault(losers[position - 1], []).append((tuple(values), received_at))
+    if len(known) != len(losers):
         raise _RaceLost
-    return [(losers[position - 1], at, tuple(values)) for position, at, *values in rows]
+    return known
 
 
 _QUARANTINE_COLUMNS: Final = (

@@ -1,15 +1,22 @@
 -- The statements of the writer. A batch crosses the wire as one array per column.
 
 -- name: insert_meter_readings
--- Add to history, move the live rows forward, register the devices that were not heard before.
--- Returns the positions (from 1) that were not inserted. Sorted, so that two writers lock in one order.
+-- Add to history, move the live rows forward, register the devices that were not heard before. Sorted,
+-- so that two writers lock in one order. A reading that a correction took out stays out.
+--
+-- Returns positions (from 1): of those that were not inserted, and of those that were, but have to be
+-- judged: late ones, and ones that do not fit to the reading before them, which is of this batch or was
+-- the live row. The tests here may only be stricter than those of implausibilities().
 WITH incoming AS MATERIALIZED (
   SELECT * FROM unnest(
     %(meter_id)s::text[], %(ts)s::timestamptz[], %(kwh_consumed_ac)s::float8[], %(voltage)s::float8[])
   WITH ORDINALITY AS r (meter_id, ts, kwh_consumed_ac, voltage, position)
 ), stored AS (
   INSERT INTO meter_telemetry_history (meter_id, ts, kwh_consumed_ac, voltage, received_at)
-  SELECT meter_id, ts, kwh_consumed_ac, voltage, %(received_at)s FROM incoming ORDER BY meter_id, ts
+  SELECT meter_id, ts, kwh_consumed_ac, voltage, %(received_at)s FROM incoming i
+  WHERE NOT EXISTS (
+    SELECT FROM corrected_meter_reading c WHERE c.meter_id = i.meter_id AND c.ts = i.ts)
+  ORDER BY meter_id, ts
   ON CONFLICT DO NOTHING
   RETURNING *
 ), live AS (
@@ -24,9 +31,31 @@ WITH incoming AS MATERIALIZED (
 ), registered AS (
   INSERT INTO meter (meter_id) SELECT meter_id FROM live WHERE first_heard ORDER BY meter_id
   ON CONFLICT DO NOTHING
+), paired AS (
+  SELECT s.meter_id, s.ts, s.kwh_consumed_ac AS kwh, was.ts > s.ts AS is_late,
+         coalesce(lag(s.ts) OVER w, was.ts) AS previous_ts,
+         coalesce(lag(s.kwh_consumed_ac) OVER w, was.kwh_consumed_ac) AS previous_kwh,
+         coalesce(lag(s.received_at) OVER w, was.received_at) AS previous_received_at
+  FROM stored s LEFT JOIN meter_live_status was ON was.meter_id = s.meter_id
+  WINDOW w AS (PARTITION BY s.meter_id, was.ts > s.ts ORDER BY s.ts)
+), judged AS (
+  SELECT p.meter_id, p.ts,
+         p.is_late
+         OR p.ts <= %(received_at)s - INTERVAL '58 minutes'
+            AND clock_hours_behind(p.ts, %(received_at)s, p.previous_ts, p.previous_received_at) > 0
+         OR p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') AND NOT (
+           p.kwh - p.previous_kwh BETWEEN 0 AND plausible_kwh(l.power, p.ts - p.previous_ts, '0')
+           AND coalesce(p.kwh - p.previous_kwh <= l.step, true)
+           AND EXISTS (SELECT FROM meter d
+                       WHERE d.meter_id = p.meter_id AND d.energy_kind = 'register'))
+         AS is_doubtful
+  FROM paired p CROSS JOIN (
+    SELECT least(power_kw_soft, power_kw_hard) AS power, least(step_kwh_soft, step_kwh_hard) AS step
+    FROM plausibility_limit WHERE device_class = 'meter') l
 )
-SELECT i.position FROM incoming i
-WHERE NOT EXISTS (SELECT FROM stored s WHERE s.meter_id = i.meter_id AND s.ts = i.ts)
+SELECT i.position, j.ts IS NOT NULL AS is_stored
+FROM incoming i LEFT JOIN judged j ON j.meter_id = i.meter_id AND j.ts = i.ts
+WHERE j.ts IS NULL OR j.is_doubtful
 
 -- name: insert_vehicle_readings
 -- The same for vehicles.
@@ -38,8 +67,10 @@ WITH incoming AS MATERIALIZED (
 ), stored AS (
   INSERT INTO vehicle_telemetry_history
     (vehicle_id, ts, soc, kwh_delivered_dc, battery_temp, received_at)
-  SELECT vehicle_id, ts, soc, kwh_delivered_dc, battery_temp, %(received_at)s
-  FROM incoming ORDER BY vehicle_id, ts
+  SELECT vehicle_id, ts, soc, kwh_delivered_dc, battery_temp, %(received_at)s FROM incoming i
+  WHERE NOT EXISTS (
+    SELECT FROM corrected_vehicle_reading c WHERE c.vehicle_id = i.vehicle_id AND c.ts = i.ts)
+  ORDER BY vehicle_id, ts
   ON CONFLICT DO NOTHING
   RETURNING *
 ), live AS (
@@ -55,18 +86,57 @@ WITH incoming AS MATERIALIZED (
 ), registered AS (
   INSERT INTO vehicle (vehicle_id) SELECT vehicle_id FROM live WHERE first_heard ORDER BY vehicle_id
   ON CONFLICT DO NOTHING
+), paired AS (
+  SELECT s.vehicle_id, s.ts, s.kwh_delivered_dc AS kwh, s.soc, s.battery_temp, was.ts > s.ts AS is_late,
+         coalesce(lag(s.ts) OVER w, was.ts) AS previous_ts,
+         coalesce(lag(s.kwh_delivered_dc) OVER w, was.kwh_delivered_dc) AS previous_kwh,
+         coalesce(lag(s.soc) OVER w, was.soc) AS previous_soc,
+         coalesce(lag(s.battery_temp) OVER w, was.battery_temp) AS previous_temp,
+         coalesce(lag(s.received_at) OVER w, was.received_at) AS previous_received_at
+  FROM stored s LEFT JOIN vehicle_live_status was ON was.vehicle_id = s.vehicle_id
+  WINDOW w AS (PARTITION BY s.vehicle_id, was.ts > s.ts ORDER BY s.ts)
+), judged AS (
+  SELECT p.vehicle_id, p.ts,
+         p.is_late
+         OR p.ts <= %(received_at)s - INTERVAL '58 minutes'
+            AND clock_hours_behind(p.ts, %(received_at)s, p.previous_ts, p.previous_received_at) > 0
+         OR p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') AND NOT (
+           p.kwh - p.previous_kwh BETWEEN 0 AND plausible_kwh(l.power, p.ts - p.previous_ts, '0')
+           AND coalesce(p.kwh - p.previous_kwh <= l.step, true)
+           AND EXISTS (SELECT FROM vehicle d
+                       WHERE d.vehicle_id = p.vehicle_id AND d.energy_kind = 'register'))
+         OR abs(p.soc - p.previous_soc) > plausible_change(l.soc_rate, p.ts - p.previous_ts)
+         OR abs(p.battery_temp - p.previous_temp) > plausible_change(l.temp_rate, p.ts - p.previous_ts)
+         AS is_doubtful
+  FROM paired p CROSS JOIN (
+    SELECT least(power_kw_soft, power_kw_hard) AS power, least(step_kwh_soft, step_kwh_hard) AS step,
+           least(soc_rate_soft, soc_rate_hard) AS soc_rate,
+           least(temp_rate_soft, temp_rate_hard) AS temp_rate
+    FROM plausibility_limit WHERE device_class = 'vehicle') l
 )
-SELECT i.position FROM incoming i
-WHERE NOT EXISTS (SELECT FROM stored s WHERE s.vehicle_id = i.vehicle_id AND s.ts = i.ts)
+SELECT i.position, j.ts IS NOT NULL AS is_stored
+FROM incoming i LEFT JOIN judged j ON j.vehicle_id = i.vehicle_id AND j.ts = i.ts
+WHERE j.ts IS NULL OR j.is_doubtful
+
+-- name: judge_inserted
+-- Flag what is suspect among readings just inserted; returns those that broke a hard limit and are gone.
+SELECT position, code, detail FROM judge_inserted(
+  %(device_class)s, %(device_ids)s::text[], %(ts)s::timestamptz[])
 
 -- name: fetch_meter_readings
--- What is stored under these keys, by position. A statement of its own, so that its snapshot also
--- sees what another writer committed while the insert waited for it; the bounds exclude chunks.
+-- What is stored under these keys, or was until a correction took it out, by position. A statement of its
+-- own, so that its snapshot also sees what another writer committed while the insert waited for it;
+-- the bounds exclude chunks.
 SELECT i.position, h.received_at, h.kwh_consumed_ac, h.voltage
 FROM unnest(%(meter_id)s::text[], %(ts)s::timestamptz[])
   WITH ORDINALITY AS i (meter_id, ts, position)
 JOIN meter_telemetry_history h ON h.meter_id = i.meter_id AND h.ts = i.ts
 WHERE h.ts >= %(ts_min)s AND h.ts <= %(ts_max)s
+UNION ALL
+SELECT i.position, c.received_at, c.kwh_consumed_ac, c.voltage
+FROM unnest(%(meter_id)s::text[], %(ts)s::timestamptz[])
+  WITH ORDINALITY AS i (meter_id, ts, position)
+JOIN corrected_meter_reading c ON c.meter_id = i.meter_id AND c.ts = i.ts
 
 -- name: fetch_vehicle_readings
 -- The same for vehicles.
@@ -75,6 +145,11 @@ FROM unnest(%(vehicle_id)s::text[], %(ts)s::timestamptz[])
   WITH ORDINALITY AS i (vehicle_id, ts, position)
 JOIN vehicle_telemetry_history h ON h.vehicle_id = i.vehicle_id AND h.ts = i.ts
 WHERE h.ts >= %(ts_min)s AND h.ts <= %(ts_max)s
+UNION ALL
+SELECT i.position, c.received_at, c.soc, c.kwh_delivered_dc, c.battery_temp
+FROM unnest(%(vehicle_id)s::text[], %(ts)s::timestamptz[])
+  WITH ORDINALITY AS i (vehicle_id, ts, position)
+JOIN corrected_vehicle_reading c ON c.vehicle_id = i.vehicle_id AND c.ts = i.ts
 
 -- name: quarantine_payloads
 -- Keep what was not a reading: once for each sender, reason and bytes, with a count. A transaction that

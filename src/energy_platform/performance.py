@@ -36,6 +36,7 @@ class Performance(msgspec.Struct, rename="camel"):
     ac_coverage: float
     dc_coverage: float
     verdict: str
+    suspect_readings: int
 
 
 class Series(msgspec.Struct, rename="camel"):

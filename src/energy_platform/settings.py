@@ -16,7 +16,7 @@ from energy_platform.errors import SetupError
 PREFIX = "ENERGY_"
 DATABASE_NAME = "energy_db"
 
-_DATABASE = "up serve migrate doctor jobs dsn import export keys"
+_DATABASE = "up serve migrate doctor jobs dsn import export correct keys"
 _SERVICE = "up serve"
 _SCHEMA = "up serve migrate doctor"
 
@@ -47,12 +47,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str | None, _meta(_SERVICE, "read replica for analytics; default: the database itself")
     ] = None
     data_dir: Annotated[
-        str, _meta("up migrate doctor jobs dsn import export keys", "folder of the embedded engine")
+        str,
+        _meta(
+            "up migrate doctor jobs dsn import export correct keys", "folder of the embedded engine"
+        ),
     ] = "energy-data"
     embedded_fsync: Annotated[
         bool,
         _meta(
-            "up migrate jobs import export keys",
+            "up migrate jobs import export correct keys",
             "flush every commit of the embedded engine to disk",
         ),
     ] = True
@@ -97,7 +100,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     late_window: Annotated[
         timedelta,
         _meta(
-            "up serve migrate doctor import", "how old a reading may be; older ones are too_late"
+            "up serve migrate doctor import correct",
+            "how old a reading may be; older ones are too_late",
         ),
     ] = timedelta(days=380)
     chunk: Annotated[timedelta, _meta(_SCHEMA, "time span of a chunk, in whole hours")] = timedelta(
@@ -112,9 +116,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             _SCHEMA, "how far back the hourly rollup is refreshed; default: late window + 10 days"
         ),
     ] = None
-    refresh_end: Annotated[timedelta, _meta(_SCHEMA, "age at which an hour is rolled up")] = (
-        timedelta(hours=1)
-    )
+    refresh_end: Annotated[
+        timedelta, _meta(f"{_SCHEMA} correct", "age at which an hour is rolled up")
+    ] = timedelta(hours=1)
     refresh_every: Annotated[
         timedelta, _meta(_SCHEMA, "how often the hourly rollup is refreshed")
     ] = timedelta(minutes=15)
@@ -153,23 +157,37 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Files in and out
     meter: Annotated[
         str | None,
-        _meta("import export", "whose history it is; import: also the meter that fed --vehicle"),
+        _meta(
+            "import export correct",
+            "whose history it is; import: also the meter that fed --vehicle",
+        ),
     ] = None
     vehicle: Annotated[
         str | None,
-        _meta("import export", "whose history it is; import: also the vehicle that --meter fed"),
+        _meta(
+            "import export correct",
+            "whose history it is; import: also the vehicle that --meter fed",
+        ),
     ] = None
     time_zone: Annotated[
         str | None, _meta("import", "IANA zone of a file in local time, such as Europe/Paris")
     ] = None
     since: Annotated[
         datetime | None,
-        _meta("import export", "first instant of the assignment, or of what is exported"),
+        _meta(
+            "import export correct",
+            "first instant of the assignment, of what is exported, or corrected",
+        ),
     ] = None
     until: Annotated[
         datetime | None,
-        _meta("import export", "end of the assignment, or of what is exported; default: open"),
+        _meta(
+            "import export correct",
+            "end of the assignment, of what is exported, or corrected; default: open",
+        ),
     ] = None
+    at: Annotated[datetime | None, _meta("correct", "instant of the one reading to correct")] = None
+    reason: Annotated[str | None, _meta("correct", "why, for those who ask later")] = None
     progress: Annotated[
         bool, _meta("import export", "show progress even where stderr is no terminal")
     ] = False

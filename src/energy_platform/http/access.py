@@ -24,13 +24,14 @@ _PROXY_HEADERS = frozenset(
 
 
 def require(scope: str) -> Guard:
-    """A guard that asks for an API key with this scope."""
+    """A guard that asks for an API key with this scope; handlers find it as `request.state.key`."""
 
     async def guard(
         connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler
     ) -> None:
         keys = connection.app.state.service.keys
-        await keys.authorize(connection.headers.get("authorization"), scope)
+        header = connection.headers.get("authorization")
+        connection.state.key = await keys.authorize(header, scope)
 
     return guard
 

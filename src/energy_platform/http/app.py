@@ -22,7 +22,7 @@ from litestar.types import ASGIApp, ControllerRouterHandler, Message, Receive, S
 from energy_platform import database, schema
 from energy_platform.access import KeyRing
 from energy_platform.errors import EnergyError, StorageError
-from energy_platform.http import analytics, fleet, quarantine
+from energy_platform.http import analytics, corrections, fleet, plausibility, quarantine
 from energy_platform.http.access import is_local_request, is_loopback, require
 from energy_platform.http.ingest import IngestEndpoint, Limits, answer_of_problem, send_answer
 from energy_platform.http.metrics import CONTENT_TYPE, Metrics
@@ -103,9 +103,9 @@ def _routes(role: str, ingest: IngestEndpoint) -> list[ControllerRouterHandler]:
         async def post_ingest(scope: Scope, receive: Receive, send: Send) -> None:
             await ingest(scope, receive, send)
 
-        routes += [post_ingest, quarantine.router]
+        routes += [post_ingest, quarantine.router, corrections.router]
     if role in ("all", "analytics"):
-        routes += [analytics.router, fleet.router]
+        routes += [analytics.router, fleet.router, plausibility.router]
     return routes
 
 
@@ -150,7 +150,13 @@ async def _open_service(
         if runs_jobs:
             await stack.enter_async_context(_job_loop(dsn, clock))
         yield Service(
-            read_pool=read_pool, write_pool=write_pool, keys=keys, writer=writer, clock=clock
+            read_pool=read_pool,
+            write_pool=write_pool,
+            keys=keys,
+            writer=writer,
+            late_window=settings.late_window,
+            refresh_end=settings.refresh_end,
+            clock=clock,
         )
 
 

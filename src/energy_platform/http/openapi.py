@@ -11,8 +11,10 @@ from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
 from energy_platform import __version__
+from energy_platform.corrections import CorrectionRequest
 from energy_platform.fleet import AssignmentRequest, Declaration
 from energy_platform.http.ingest import Account
+from energy_platform.plausibility import LimitsRequest
 from energy_platform.quarantine import ReplayRequest
 from energy_platform.readings import MeterReading, VehicleReading
 
@@ -22,6 +24,8 @@ _BODIES: Final[dict[tuple[str, str], Any]] = {
     ("/v1/vehicles/{vehicle_id}", "put"): Declaration,
     ("/v1/assignments", "put"): AssignmentRequest,
     ("/v1/quarantine/replay", "post"): ReplayRequest,
+    ("/v1/corrections", "post"): CorrectionRequest,
+    ("/v1/limits/{device_class}", "put"): LimitsRequest,
 }
 
 _REFERENCE: Final = "#/components/schemas/{name}"

@@ -83,6 +83,17 @@ def decode_number_cursor(cursor: str | None) -> int | None:
     return int(key)
 
 
+def decode_instant_cursor(cursor: str | None) -> datetime | None:
+    key = decode_cursor(cursor)
+    if key is None:
+        return None
+    try:
+        instant = datetime.fromisoformat(key)
+        return instant.astimezone(UTC) if instant.tzinfo else None
+    except (ValueError, OverflowError):
+        raise _bad("cursor", "use nextCursor of the page before, as it is") from None
+
+
 def decode_window(until: str | None, hours: int, now: datetime) -> tuple[datetime, datetime]:
     """since and until of a window, in UTC. Raises: MalformedError that names the parameter."""
     if until is None:

@@ -1,7 +1,7 @@
 """What the routes share: pools, writer, keys, clock. Opened and closed with the application."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from energy_platform import database
 from energy_platform.access import KeyRing
@@ -22,10 +22,14 @@ class Service:
         write_pool: database.Pool,
         keys: KeyRing,
         writer: Writer | None,
+        late_window: timedelta,
+        refresh_end: timedelta,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self.read_pool = read_pool
         self.write_pool = write_pool
         self.keys = keys
         self.writer = writer
+        self.late_window = late_window
+        self.refresh_end = refresh_end
         self.clock = clock

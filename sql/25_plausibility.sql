@@ -1,0 +1,282 @@
+-- Which readings are not plausible. A reading is judged by the one before it, if that is at most ten days
+-- older; a device's first is not judged. Limits are power (kW), the step of a register (kWh), and what
+-- temperature and charge may change in a minute.
+--
+-- Flags are a function of history and of what is declared: whatever changes the reading before another
+-- has both judged again, so the order of arrival does not matter to them.
+
+-- kWh that may have flowed between two readings, and the 0.1 kWh that a coarse counter jumps by. A
+-- reading speaks of a reporting interval at least: an odd one in between makes nothing implausible.
+CREATE OR REPLACE FUNCTION plausible_kwh(power_kw float8, elapsed interval, reporting interval)
+RETURNS float8
+LANGUAGE sql IMMUTABLE AS $$
+  SELECT 0.1 + power_kw * date_part('epoch', greatest(elapsed, reporting)) / 3600
+$$;
+
+-- What may have changed between two readings at a rate per minute, and the 1 that a coarse sensor
+-- jumps by.
+CREATE OR REPLACE FUNCTION plausible_change(rate_per_minute float8, elapsed interval) RETURNS float8
+LANGUAGE sql IMMUTABLE AS $$
+  SELECT 1 + rate_per_minute * date_part('epoch', elapsed) / 60
+$$;
+
+-- By how many whole hours (1 to 14, to two minutes) a device's clock is behind ours; NULL: it is not. A
+-- device that sends what it has kept is late too, but then its readings do not come at the pace of
+-- its clock.
+CREATE OR REPLACE FUNCTION clock_hours_behind(
+  ts timestamptz, received_at timestamptz, previous_ts timestamptz,
+  previous_received_at timestamptz)
+RETURNS integer
+LANGUAGE sql IMMUTABLE AS $$
+  SELECT round(date_part('epoch', received_at - ts) / 3600)::integer
+  WHERE received_at - ts BETWEEN INTERVAL '58 minutes' AND INTERVAL '14 hours 2 minutes'
+    AND abs(date_part('epoch', received_at - ts)
+            - 3600 * round(date_part('epoch', received_at - ts) / 3600)) <= 120
+    AND abs(date_part('epoch', (received_at - previous_received_at) - (ts - previous_ts)))
+        <= date_part('epoch', ts - previous_ts) / 2
+$$;
+
+-- What is not plausible in a reading, as seen from the one before it. Limits that are NULL are none.
+CREATE OR REPLACE FUNCTION implausibilities(
+  r judged_reading, p judged_reading, energy_kind text, reporting interval,
+  power_kw float8, step_kwh float8, temp_rate float8, soc_rate float8)
+RETURNS TABLE (code text, detail text)
+LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+  elapsed constant interval := r.ts - p.ts;
+  minutes constant float8 := date_part('epoch', r.ts - p.ts) / 60;
+  energy constant float8 := CASE energy_kind
+    WHEN 'register' THEN public.register_step(r.kwh, p.kwh) ELSE r.kwh END;
+  possible constant float8 := public.plausible_kwh(power_kw, elapsed, reporting);
+  hours_behind constant integer :=
+    public.clock_hours_behind(r.ts, r.received_at, p.ts, p.received_at);
+BEGIN
+  IF p.ts IS NULL OR elapsed > INTERVAL '10 days' THEN
+    RETURN;
+  END IF;
+  IF energy > possible THEN
+    -- In Wh it would be in place: by far too much, or just a thousand times what it was before.
+    IF energy > 10 * possible AND energy / 1000 <= possible
+       OR energy_kind = 'register' AND r.kwh / 1000 BETWEEN p.kwh - 0.1 AND p.kwh + possible
+       OR energy_kind = 'interval' AND energy / 1000 BETWEEN p.kwh / 5 AND p.kwh * 5 THEN
+      code := 'unit_mixup';
+      detail := format('%s after %s kWh, %s minutes later, would be in place as Wh: is it sent in Wh?',
+                       r.kwh, p.kwh, round(minutes::numeric, 1));
+    ELSE
+      code := 'power';
+      detail := format('%s kWh within %s minutes are over %s kW',
+                       energy, round(minutes::numeric, 1), power_kw);
+    END IF;
+    RETURN NEXT;
+  END IF;
+  IF energy_kind = 'register' AND energy > step_kwh THEN
+    code := 'register_step';
+    detail := format('the register went from %s to %s kWh, a step over %s kWh',
+                     p.kwh, r.kwh, step_kwh);
+    RETURN NEXT;
+  END IF;
+  IF abs(r.temp - p.temp) > public.plausible_change(temp_rate, elapsed) THEN
+    code := 'temperature_rate';
+    detail := format('from %s to %s degrees Celsius within %s minutes',
+                     p.temp, r.temp, round(minutes::numeric, 1));
+    RETURN NEXT;
+  END IF;
+  IF abs(r.soc - p.soc) > public.plausible_change(soc_rate, elapsed) THEN
+    code := 'soc_rate';
+    detail := format('from %s to %s %% within %s minutes', p.soc, r.soc, round(minutes::numeric, 1));
+    RETURN NEXT;
+  END IF;
+  IF hours_behind IS NOT NULL THEN
+    code := 'clock_offset';
+    detail := format('the clock is %s hours behind, to the minute: a local time sent as UTC?',
+                     hours_behind);
+    RETURN NEXT;
+  END IF;
+END $$;
+
+-- The readings of one device in since <= ts <= until, in the order of time.
+CREATE OR REPLACE FUNCTION readings_to_judge(
+  device_class text, device text, since timestamptz, until timestamptz)
+RETURNS SETOF judged_reading
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan AS $$
+BEGIN
+  IF device_class = 'meter' THEN
+    RETURN QUERY
+      SELECT h.ts, h.kwh_consumed_ac, NULL::float8, NULL::float8, h.received_at
+      FROM public.meter_telemetry_history h
+      WHERE h.meter_id = device AND h.ts >= since AND h.ts <= until ORDER BY h.ts;
+  ELSE
+    RETURN QUERY
+      SELECT h.ts, h.kwh_delivered_dc, h.soc, h.battery_temp, h.received_at
+      FROM public.vehicle_telemetry_history h
+      WHERE h.vehicle_id = device AND h.ts >= since AND h.ts <= until ORDER BY h.ts;
+  END IF;
+END $$;
+
+-- The last reading of one device before an instant, at most ten days before; NULL: there is none.
+CREATE OR REPLACE FUNCTION reading_before(device_class text, device text, instant timestamptz)
+RETURNS judged_reading
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan AS $$
+DECLARE
+  found_reading public.judged_reading;
+  reach interval;
+BEGIN
+  FOREACH reach IN ARRAY ARRAY[INTERVAL '1 hour', INTERVAL '10 days'] LOOP
+    IF device_class = 'meter' THEN
+      SELECT h.ts, h.kwh_consumed_ac, NULL, NULL, h.received_at INTO found_reading
+      FROM public.meter_telemetry_history h
+      WHERE h.meter_id = device AND h.ts >= instant - reach AND h.ts < instant
+      ORDER BY h.ts DESC LIMIT 1;
+    ELSE
+      SELECT h.ts, h.kwh_delivered_dc, h.soc, h.battery_temp, h.received_at INTO found_reading
+      FROM public.vehicle_telemetry_history h
+      WHERE h.vehicle_id = device AND h.ts >= instant - reach AND h.ts < instant
+      ORDER BY h.ts DESC LIMIT 1;
+    END IF;
+    EXIT WHEN found_reading.ts IS NOT NULL;
+  END LOOP;
+  RETURN found_reading;
+END $$;
+
+-- When one device read next after an instant, at most ten days after; NULL: it did not.
+CREATE OR REPLACE FUNCTION next_reading_ts(device_class text, device text, instant timestamptz)
+RETURNS timestamptz
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan AS $$
+DECLARE
+  found_ts timestamptz;
+  reach interval;
+BEGIN
+  FOREACH reach IN ARRAY ARRAY[INTERVAL '1 hour', INTERVAL '10 days'] LOOP
+    IF device_class = 'meter' THEN
+      SELECT h.ts INTO found_ts FROM public.meter_telemetry_history h
+      WHERE h.meter_id = device AND h.ts > instant AND h.ts <= instant + reach
+      ORDER BY h.ts LIMIT 1;
+    ELSE
+      SELECT h.ts INTO found_ts FROM public.vehicle_telemetry_history h
+      WHERE h.vehicle_id = device AND h.ts > instant AND h.ts <= instant + reach
+      ORDER BY h.ts LIMIT 1;
+    END IF;
+    EXIT WHEN found_ts IS NOT NULL;
+  END LOOP;
+  RETURN found_ts;
+END $$;
+
+-- Flag anew what is suspect in one device's readings of since <= ts <= until, and in the one after.
+-- From -infinity to infinity that is all that is kept of it.
+CREATE OR REPLACE FUNCTION judge_range(
+  device_class text, device text, since timestamptz, until timestamptz)
+RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+  declared record;
+  soft public.plausibility_limit;
+  previous_ts timestamptz;
+  last_ts timestamptz := until;
+BEGIN
+  IF isfinite(since) THEN
+    previous_ts := (public.reading_before(device_class, device, since)).ts;
+  END IF;
+  IF isfinite(until) THEN
+    last_ts := coalesce(public.next_reading_ts(device_class, device, until), until);
+  END IF;
+  DELETE FROM public.suspect_reading s
+  WHERE s.device_class = judge_range.device_class AND s.device_id = device
+    AND s.ts >= since AND s.ts <= last_ts;
+  SELECT d.energy_kind, d.reporting_interval INTO declared
+  FROM public.declared_device(device_class, device) d;
+  SELECT * INTO soft FROM public.plausibility_limit l
+  WHERE l.device_class = judge_range.device_class;
+  INSERT INTO public.suspect_reading (device_class, device_id, ts, code, detail)
+  SELECT judge_range.device_class, device, (j.r).ts, i.code, i.detail
+  FROM (SELECT r, lag(r) OVER (ORDER BY r.ts) AS p
+        FROM public.readings_to_judge(
+          device_class, device, coalesce(previous_ts, since), last_ts) r) j
+  CROSS JOIN LATERAL public.implausibilities(
+    j.r, j.p, declared.energy_kind, declared.reporting_interval,
+    soft.power_kw_soft, soft.step_kwh_soft, soft.temp_rate_soft, soft.soc_rate_soft) i
+  WHERE (j.r).ts >= since;
+END $$;
+
+-- What is declared of a device.
+CREATE OR REPLACE FUNCTION declared_device(
+  device_class text, device text, OUT energy_kind text, OUT reporting_interval interval)
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+  IF device_class = 'meter' THEN
+    SELECT m.energy_kind, m.reporting_interval INTO energy_kind, reporting_interval
+    FROM public.meter m WHERE m.meter_id = device;
+  ELSE
+    SELECT v.energy_kind, v.reporting_interval INTO energy_kind, reporting_interval
+    FROM public.vehicle v WHERE v.vehicle_id = device;
+  END IF;
+END $$;
+
+-- Judge readings that this transaction has inserted: those that break a hard limit are taken out again
+-- and returned, by position; of the others, and of those that follow them, the suspect are flagged. For
+-- the writer, which may not delete history: so it runs with the rights of the owner.
+CREATE OR REPLACE FUNCTION judge_inserted(
+  device_class text, devices text[], instants timestamptz[])
+RETURNS TABLE ("position" bigint, code text, detail text)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  key record;
+BEGIN
+  RETURN QUERY SELECT * FROM public.refuse_implausible($1, $2, $3);
+  FOR key IN
+    SELECT k.device, min(k.ts) AS since, max(k.ts) AS until
+    FROM unnest(devices, instants) AS k (device, ts) GROUP BY 1 ORDER BY 1
+  LOOP
+    PERFORM public.judge_range($1, key.device, key.since, key.until);
+  END LOOP;
+END $$;
+
+CREATE OR REPLACE FUNCTION refuse_implausible(
+  device_class text, devices text[], instants timestamptz[])
+RETURNS TABLE ("position" bigint, code text, detail text)
+LANGUAGE plpgsql AS $$
+DECLARE
+  hard public.plausibility_limit;
+  declared record;
+  key record;
+BEGIN
+  SELECT * INTO hard FROM public.plausibility_limit l
+  WHERE l.device_class = refuse_implausible.device_class;
+  IF num_nonnulls(hard.power_kw_hard, hard.step_kwh_hard, hard.temp_rate_hard, hard.soc_rate_hard) = 0 THEN
+    RETURN;
+  END IF;
+  -- In the order of time: what is refused is not there for the next one to be judged by.
+  FOR key IN
+    SELECT k.device, k.ts, k.place FROM unnest(devices, instants) WITH ORDINALITY AS k (device, ts, place)
+    ORDER BY k.device, k.ts
+  LOOP
+    SELECT * INTO declared FROM public.declared_device($1, key.device);
+    SELECT key.place, 'implausible_' || i.code, i.detail INTO "position", code, detail
+    FROM public.readings_to_judge($1, key.device, key.ts, key.ts) r,
+      public.implausibilities(
+        r, public.reading_before($1, key.device, key.ts), declared.energy_kind,
+        declared.reporting_interval, hard.power_kw_hard, hard.step_kwh_hard, hard.temp_rate_hard,
+        hard.soc_rate_hard) i
+    WHERE i.code <> 'clock_offset'
+    LIMIT 1;
+    CONTINUE WHEN NOT FOUND;
+    IF device_class = 'meter' THEN
+      DELETE FROM public.meter_telemetry_history h WHERE h.meter_id = key.device AND h.ts = key.ts;
+    ELSE
+      DELETE FROM public.vehicle_telemetry_history h
+      WHERE h.vehicle_id = key.device AND h.ts = key.ts;
+    END IF;
+    PERFORM public.reset_live($1, key.device, key.ts);
+    RETURN NEXT;
+  END LOOP;
+END $$;
+
+-- How many of a device's readings in since <= ts < until are flagged.
+CREATE OR REPLACE FUNCTION suspect_count(
+  device_class text, device text, since timestamptz, until timestamptz)
+RETURNS bigint
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+  RETURN (SELECT count(DISTINCT s.ts) FROM public.suspect_reading s
+          WHERE s.device_class = suspect_count.device_class AND s.device_id = device
+            AND s.ts >= since AND s.ts < until);
+END $$;

@@ -134,6 +134,32 @@ def test_says_what_is_wrong_and_where(
     assert rejection.detail
 
 
+@pytest.mark.parametrize(
+    ("ahead", "detail"),
+    [
+        ("0:05:00.000001", "0:05:00.000001 ahead of the server, where 5 minutes may be"),
+        ("0:54:59", "0:54:59 ahead of the server, where"),
+        ("0:55:00", "1 hour ahead of the server to within 5 minutes: a local time sent as UTC?"),
+        ("2:00:07", "2 hours ahead of the server to within 5 minutes: a local time sent as UTC?"),
+        ("1:55:00", "2 hours ahead"),
+        ("2:05:00", "2 hours ahead"),
+        ("2:05:01", "2:05:01 ahead of the server, where 5 minutes may be: check the clock"),
+        ("14:04:00", "14 hours ahead"),
+        ("14:59:00", "14:59:00 ahead of the server, where"),
+        ("15:00:00", "15:00:00 ahead of the server, where"),
+    ],
+)
+def test_a_clock_ahead_by_the_hours_of_a_time_zone_is_named(ahead: str, detail: str) -> None:
+    hours, minutes, seconds = ahead.split(":")
+    ts = NOW + timedelta(hours=int(hours), minutes=int(minutes), seconds=float(seconds))
+    for fields in ({}, {"note": "an unknown field is examined on another way"}):
+        rejection = decode(encode({**METER, **fields, "timestamp": ts.isoformat()}))
+        assert isinstance(rejection, Rejection)
+        assert (rejection.code, rejection.path) == ("in_future", "$.timestamp")
+        assert rejection.device_id == METER["meterId"]
+        assert rejection.detail.startswith(detail)
+
+
 @pytest.mark.parametrize("base", [METER, VEHICLE], ids=["meter", "vehicle"])
 def test_every_field_is_required(base: dict[str, Any]) -> None:
     for name in list(base)[1:]:

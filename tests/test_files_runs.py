@@ -254,6 +254,9 @@ def test_the_charger_is_a_register_with_the_clock_and_gaps_of_the_file(
     assert "batteryTemp=20 in 367 lines: your value, not measured" in summary
     assert "2.073 kWh DC" in summary
     assert "EV-1: register" in summary
+    # Its two clocks agree, so nothing is said of them.
+    assert account.clock_gap == timedelta(0)
+    assert "clock" not in summary
 
 
 def test_the_charger_needs_a_temperature_of_the_callers(
@@ -263,6 +266,43 @@ def test_the_charger_needs_a_temperature_of_the_callers(
         import_file(charger, vehicle="EV-1")
     with pytest.raises(SetupError, match="names no vehicle"):
         import_file(charger, fill={"batteryTemp": 20.0})
+
+
+@pytest.mark.parametrize(
+    ("gaps", "said"),
+    [
+        ([7200, 7200.7, 7199.1], "2:00:00 h ahead of `timestamp`"),
+        ([-20700, -20700], "5:45:00 h behind `timestamp`"),
+        ([0, 0.4], None),
+        ([7200, 0], None),  # not constant
+        ([7230, 7230], None),  # no time zone
+        ([7200, 7230], None),
+        ([72000, 72000], None),
+        ([], None),
+    ],
+)
+@pytest.mark.usefixtures("keeps_old")
+def test_two_clocks_of_a_line_that_differ_by_a_time_zone_are_named(
+    gaps: list[float], said: str | None, tmp_path: Path, import_file: ImportFile, db: Db
+) -> None:
+    start = datetime(2023, 5, 16, 7, tzinfo=UTC)
+    rows = [
+        f"{start + n * MINUTE},50,{n},{(start + n * MINUTE).timestamp() - gap}"
+        for n, gap in enumerate(gaps)
+    ]
+    # These have one clock only, or none that can be read.
+    odd = [
+        f"{start - n * MINUTE},50,0,{text}" for n, text in enumerate(("", "x", "1e99", "nan"), 1)
+    ]
+    path = tmp_path / "charger.csv"
+    path.write_text("\n".join(["datetime,soc,charged_energy,timestamp", *rows, *odd, ""]))
+    account = import_file(path, vehicle="V", fill={"batteryTemp": 20.0})
+    assert counts(account) == {"stored": len(gaps) + len(odd)}
+    summary = files.render_account(account)
+    assert ("`datetime` was taken" in summary) == (said is not None)
+    assert said is None or said in summary
+    # What was taken is what is said.
+    assert (start in {row[1] for row in history(db, "vehicle")}) == bool(gaps)
 
 
 # ---- Local time ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import msgspec
 from energy_platform.errors import MalformedError, Rejection, TooLargeError
 
 AHEAD_MAX: Final = timedelta(minutes=5)  # a device's clock may run ahead of ours by this much
+ZONE_OFFSET_MAX: Final = timedelta(hours=14)  # no local time is further from UTC
 
 # `\Z`, not `$`: the latter also matches before a trailing line feed.
 DEVICE_ID_PATTERN: Final = r"^[!-~]{1,64}\Z"
@@ -281,10 +282,21 @@ def _examine_timestamp(raw: msgspec.Raw) -> _Fault:
 
 def _out_of_time(ts: datetime, device_id: str, limits: TimeLimits) -> Rejection:
     if ts > limits.latest:
-        detail = f"over {AHEAD_MAX.seconds // 60} minutes ahead of the server: check the clock"
+        detail = _describe_ahead(ts - limits.latest + AHEAD_MAX)
         return Rejection("in_future", "$.timestamp", detail, device_id)
     detail = f"older than the late window, which begins at {limits.earliest.isoformat()}"
     return Rejection("too_late", "$.timestamp", detail, device_id)
+
+
+def _describe_ahead(ahead: timedelta) -> str:
+    """By how much a clock is ahead; whole hours are those of a time zone."""
+    limit = f"{AHEAD_MAX.seconds // 60} minutes"
+    hour = timedelta(hours=1)
+    hours = round(ahead / hour)
+    if hours and hours * hour <= ZONE_OFFSET_MAX and abs(ahead - hours * hour) <= AHEAD_MAX:
+        unit = "hour" if hours == 1 else "hours"
+        return f"{hours} {unit} ahead of the server to within {limit}: a local time sent as UTC?"
+    return f"{ahead} ahead of the server, where {limit} may be: check the clock"
 
 
 def _nested_too_deep() -> MalformedError:

@@ -57,6 +57,7 @@ class Account:
         self.tallies: dict[tuple[str, str], Tally] = {}  # by kind and id
         self.registers: set[tuple[str, str]] = set()  # which of them count a register
         self.repeated = 0
+        self.clock_gap: timedelta | None = None
         self.cut: str | None = None
         self.declared: str | None = None
         self.assignment: str | None = None
@@ -135,6 +136,10 @@ def render_account(account: Account) -> str:
         say("set", f"{name}={value:g} in {count:,} lines: your value, not measured")
     if account.repeated:
         say("clock", f"{account.repeated:,} lines in a repeated hour, told apart by their order")
+    if account.clock_gap:
+        direction = "ahead of" if account.clock_gap > timedelta(0) else "behind"
+        say("clock", f"`datetime` was taken: {abs(account.clock_gap)} h {direction} `timestamp` in")
+        say("", "every line that has both; one of them is a local time sent as UTC")
     if account.declared:
         say("declared", account.declared)
     if account.assignment:

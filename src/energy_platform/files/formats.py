@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from energy_platform.errors import Rejection, SetupError
-from energy_platform.readings import MeterReading, VehicleReading
+from energy_platform.readings import ZONE_OFFSET_MAX, MeterReading, VehicleReading
 
 DeviceClass = Literal["meter", "vehicle"]
 
@@ -26,6 +26,8 @@ _NAMES: Final = [
 # What --set may fill, by the id that a reading has: every field but the id and the timestamp.
 _FILLABLE: Final = {id_name: numbers for id_name, *numbers, _timestamp in _NAMES}
 _NUMERIC: Final = {name for names in _FILLABLE.values() for name in names}
+QUARTER: Final = timedelta(minutes=15)  # time zones differ by whole ones
+CLOCK_SLACK: Final = timedelta(seconds=2)  # one of two clocks of a line may show whole seconds
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
 _object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -81,6 +83,11 @@ class Format:
     def repeated(self) -> int:
         """How many lines of a repeated hour were told by their order."""
         return 0
+
+    @property
+    def clock_gap(self) -> timedelta | None:
+        """By how much the clock that was taken is ahead of the file's other one, in every line."""
+        return None
 
     def read(self, line: bytes) -> bytes | Rejection:
         """The JSON of the line's reading, or the reason why there is none."""
@@ -219,8 +226,15 @@ class ChargerFormat(TableFormat):
             )
         self._vehicle = options.vehicle
         self.device = ("vehicle", options.vehicle)
+        self._clock_gaps: set[timedelta | None] = set()  # None: one that no time zone explains
+
+    @property
+    def clock_gap(self) -> timedelta | None:
+        return next(iter(self._clock_gaps)) if len(self._clock_gaps) == 1 else None
 
     def _read_cells(self, cells: dict[str, str]) -> dict[str, Any]:
+        if "timestamp" in cells:
+            self._compare_clocks(cells["datetime"], cells["timestamp"])
         fields: dict[str, Any] = {"vehicleId": self._vehicle}
         if soc := cells["soc"]:
             fields["soc"] = _number(soc)
@@ -229,6 +243,16 @@ class ChargerFormat(TableFormat):
         if instant := cells["datetime"]:
             fields["timestamp"] = instant.replace(" ", "T", 1)
         return fields
+
+    def _compare_clocks(self, instant: str, epoch: str) -> None:
+        """Note by how much `datetime` is ahead of `timestamp`, which counts seconds."""
+        try:
+            gap = datetime.fromisoformat(instant) - datetime.fromtimestamp(float(epoch), UTC)
+        except (ValueError, TypeError, OverflowError, OSError):
+            return  # one of them is missing, or no instant: that is for the decoder to say
+        quarters = round(gap / QUARTER) * QUARTER
+        is_zone = abs(gap - quarters) <= CLOCK_SLACK and abs(quarters) <= ZONE_OFFSET_MAX
+        self._clock_gaps.add(quarters if is_zone else None)
 
 
 def create_format(name: str, first: bytes, options: ImportOptions) -> Format:

@@ -214,6 +214,7 @@ async def import_source(
                 bar.update(source.position - bar.n)
         account.cut = source.cut
         account.repeated = source.format.repeated
+        account.clock_gap = source.format.clock_gap
         if account.first is not None:
             await _assign(pool, account, account.first - (step or STEP_DEFAULT))
             account.registers = await _fetch_registers(pool, account)

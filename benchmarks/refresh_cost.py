@@ -58,14 +58,19 @@ def send_same(number: int, at: datetime, interval: timedelta) -> Iterable[dateti
 
 
 def send_spread(number: int, at: datetime, interval: timedelta) -> Iterable[datetime]:
-    return [at - (1 + number % DELAY_HOURS_MAX) * HOUR]
+    return [at - _choose_hours(number)]
 
 
 def send_bursts(number: int, at: datetime, interval: timedelta) -> Iterable[datetime]:
-    away = (1 + number % DELAY_HOURS_MAX) * HOUR
+    away = _choose_hours(number)
     if (at - BEGIN - number * interval) % away:
         return []
     return [at - i * interval for i in range(away // interval)]
+
+
+def _choose_hours(number: int) -> timedelta:
+    """1, 6, 11, 4 ...: twelve devices have each of 1 to 12, and a few are far apart."""
+    return (1 + 5 * number % DELAY_HOURS_MAX) * HOUR
 
 
 class Scenario(NamedTuple):
@@ -301,7 +306,7 @@ def describe_run(server: str | None, arguments: argparse.Namespace) -> list[str]
         f"{model}, {os.cpu_count()} cores; PostgreSQL {postgres.split()[0]}, "
         f"TimescaleDB {timescale} ({engine}); Python {platform.python_version()}; commit {commit}.",
         f"{arguments.devices:,} devices, half of them meters, a reading every "
-        f"{arguments.interval:g} s, {arguments.late_percent:g} % of them late; "
+        f"{arguments.interval:g} s; {arguments.late} of them are late; "
         f"{arguments.hours} h counted after {DELAY_HOURS_MAX} h of warm-up.",
     ]
 
@@ -319,10 +324,10 @@ def main() -> None:
     arguments = parser.parse_args()
     server = arguments.database_url
     arguments.devices = arguments.devices or (1000 if server else 200)
+    arguments.late = round(arguments.devices * arguments.late_percent / 100)
     interval = timedelta(seconds=arguments.interval)
     if QUARTER % interval:
         sys.exit("--interval must divide 15 minutes, or no refresh falls due on time")
-    late = round(arguments.devices * arguments.late_percent / 100)
     day_rows = arguments.devices * (24 * HOUR / interval)
 
     lines = [*describe_run(server, arguments), "", HEADER]
@@ -332,7 +337,7 @@ def main() -> None:
         if arguments.fleet not in scenario.fleet:
             continue
         with open_database(server) as dsn:
-            fleet = Fleet(arguments.devices, late, interval, scenario.send)
+            fleet = Fleet(arguments.devices, arguments.late, interval, scenario.send)
             refreshes = asyncio.run(simulate(dsn, fleet, scenario, interval, arguments.hours))
         text, row = render_row(scenario, refreshes, day_rows, arguments.hours)
         print(text, flush=True)

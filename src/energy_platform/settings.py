@@ -121,7 +121,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = timedelta(hours=1)
     refresh_every: Annotated[
         timedelta, _meta(_SCHEMA, "how often the hourly rollup is refreshed")
-    ] = timedelta(minutes=15)
+    ] = timedelta(hours=1)  # as often as there is a new hour; more often only repeats late ones
     raw_retention: Annotated[
         timedelta | None,
         _meta(_SCHEMA, "age at which raw readings are dropped; default: late window + 20 days"),

@@ -271,8 +271,8 @@ def test_the_charger_needs_a_temperature_of_the_callers(
 @pytest.mark.parametrize(
     ("gaps", "said"),
     [
-        ([7200, 7200.7, 7199.1], "2:00:00 h ahead of `timestamp`"),
-        ([-20700, -20700], "5:45:00 h behind `timestamp`"),
+        ([7200, 7200.7, 7199.1], "2:00:00 ahead of `timestamp`"),
+        ([-20700, -20700], "5:45:00 behind `timestamp`"),
         ([0, 0.4], None),
         ([7200, 0], None),  # not constant
         ([7230, 7230], None),  # no time zone

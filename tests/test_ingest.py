@@ -19,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 
 from conftest import LONG, NOON, Clock, StartService
 from energy_platform.errors import OverloadedError, Rejection, StorageError
-from energy_platform.ingest import Outcome, Submission, Writer, plan_lanes
+from energy_platform.ingest import Item, Outcome, Submission, Writer, plan_lanes
 from energy_platform.readings import Batch, MeterReading, Reading, VehicleReading
 
 HOUR = timedelta(hours=1)
@@ -249,6 +249,46 @@ def test_lanes_hold_each_reading_once_and_late_ones_by_runs_of_hours(
             for day in {ts.date() for ts in lane}:
                 hours = {ts.hour for ts in lane if ts.date() == day}
                 assert len(hours) == max(hours) - min(hours) + 1  # neighbours
+
+
+def test_late_readings_mark_their_hours_and_no_more(
+    dsn: str, db: Db, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the lanes are for: a marked hour is aggregated again for the whole fleet."""
+    day = [meter("M-0", NOON - n * HOUR) for n in range(12)]
+    db.execute("SELECT delete_job(job_id) FROM job_status")  # a worker of a server may come by
+
+    def marked(late: tuple[int, ...], second: int) -> set[int]:
+        def one(hours: int) -> MeterReading:
+            return meter("M-1", NOON - hours * HOUR + timedelta(seconds=second))
+
+        async def scenario(writer: Writer) -> None:
+            await record(writer, *day)
+            db.execute(
+                "CALL refresh_continuous_aggregate('meter_hourly', NULL, %s)", (NOON - HOUR,)
+            )
+            await asyncio.gather(*(record(writer, one(hours)) for hours in (0, *late, 0)))
+
+        run(dsn, clock, scenario)
+        row = db.execute(
+            "SELECT array_agg(extract(hour FROM %(noon)s::timestamptz - hour)::int) FROM unnest("
+            " rollup_dirty_hours('meter_hourly', %(noon)s - INTERVAL '12 h', %(noon)s)) r,"
+            " generate_series(lower(r), upper(r) - INTERVAL '1 us', '1 h') hour"
+            " WHERE hour < %(noon)s - INTERVAL '1 h'",
+            {"noon": NOON},
+        ).fetchone()
+        assert row is not None
+        return set(row[0] or ())
+
+    assert marked((9, 5, 4), 1) == {9, 5, 4}
+    assert marked((), 2) == set()
+    # And this test can tell: in one transaction they mark all from the oldest on.
+    monkeypatch.setattr("energy_platform.ingest.plan_lanes", plan_one_lane)
+    assert marked((9, 5, 4), 3) == set(range(2, 10))
+
+
+def plan_one_lane(submissions: list[Submission], _: datetime) -> list[list[Item]]:
+    return [[Item(s, n, reading) for s in submissions for n, reading in enumerate(s.readings)]]
 
 
 def test_a_rejection_is_on_time() -> None:

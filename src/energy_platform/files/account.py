@@ -138,7 +138,7 @@ def render_account(account: Account) -> str:
         say("clock", f"{account.repeated:,} lines in a repeated hour, told apart by their order")
     if account.clock_gap:
         direction = "ahead of" if account.clock_gap > timedelta(0) else "behind"
-        say("clock", f"`datetime` was taken: {abs(account.clock_gap)} h {direction} `timestamp` in")
+        say("clock", f"`datetime` was taken: {abs(account.clock_gap)} {direction} `timestamp` in")
         say("", "every line that has both; one of them is a local time sent as UTC")
     if account.declared:
         say("declared", account.declared)

@@ -240,8 +240,8 @@ def test_every_statement_of_the_manual_runs_as_the_reader(db: psycopg.Connection
     db.execute(
         "WITH c AS (INSERT INTO correction (device_class, device_id, during, action, reason,"
         "                                   made_by, made_at, voided, stored)"
-        "           VALUES ('vehicle', 'V-201', tstzrange(now(), NULL), 'void', 'why', 'who', now(),"
-        "                   1, 0)"
+        "           VALUES ('vehicle', 'V-201', tstzrange(now(), NULL), 'void', 'why',"
+        "                   'who', now(), 1, 0)"
         "           RETURNING correction_id)"
         " INSERT INTO corrected_vehicle_reading SELECT 'V-201', now(), 1, 1, 1, now(), c.* FROM c"
     )

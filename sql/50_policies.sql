@@ -54,51 +54,60 @@ LANGUAGE sql STABLE AS $$
      WHERE c.oid = relation))
 $$;
 
+-- Every policy and job that there should be.
+CREATE OR REPLACE FUNCTION wanted_policies(
+  columnstore_after interval, raw_retention interval, hourly_retention interval,
+  refresh_start interval, refresh_end interval, refresh_every interval,
+  quarantine_retention interval)
+RETURNS TABLE (relation text, policy text, every interval, config jsonb)
+LANGUAGE sql STABLE AS $$
+  SELECT w.*
+  FROM (VALUES ('meter'), ('vehicle')) AS c (class), LATERAL (VALUES
+    (class || '_hourly', 'policy_refresh_continuous_aggregate', refresh_every,
+     jsonb_build_object('start_offset', refresh_start, 'end_offset', refresh_end)),
+    -- Windows are aligned inward and jobs lag: the daily rollup gets days of slack, not hours.
+    (class || '_daily', 'policy_refresh_continuous_aggregate', INTERVAL '1 hour',
+     jsonb_build_object('start_offset', refresh_start + INTERVAL '2 days',
+                        'end_offset', greatest(refresh_end, INTERVAL '1 day'))),
+    (class || '_telemetry_history', 'policy_compression', INTERVAL '6 hours',
+     jsonb_build_object('compress_after', columnstore_after)),
+    (class || '_telemetry_history', 'policy_retention', INTERVAL '1 day',
+     jsonb_build_object('drop_after', raw_retention)),
+    (class || '_hourly', 'policy_retention', INTERVAL '1 day',
+     jsonb_build_object('drop_after', hourly_retention))) AS w
+  UNION ALL VALUES
+    (NULL, 'hold_retention', INTERVAL '15 minutes', '{}'::jsonb),
+    (NULL, 'sweep_expired', INTERVAL '1 day',
+     jsonb_build_object('drop_after', quarantine_retention))
+$$;
+
 CREATE OR REPLACE FUNCTION reconcile_policies(
   chunk interval, columnstore_after interval, raw_retention interval, hourly_retention interval,
   refresh_start interval, refresh_end interval, refresh_every interval,
   quarantine_retention interval)
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-  class text;
-  job record;
-  wanted jsonb;
-  refresh constant text := 'policy_refresh_continuous_aggregate';
+  wanted record;
 BEGIN
-  FOREACH class IN ARRAY ARRAY['meter', 'vehicle'] LOOP
-    PERFORM public.set_chunk_time_interval(
-      format('public.%s_telemetry_history', class)::regclass, chunk);
-    PERFORM public.reconcile_policy(
-      format('public.%s_hourly', class)::regclass, refresh,
-      jsonb_build_object('start_offset', refresh_start, 'end_offset', refresh_end), refresh_every);
-    -- Windows are aligned inward and jobs lag: the daily rollup gets days of slack, not hours.
-    PERFORM public.reconcile_policy(
-      format('public.%s_daily', class)::regclass, refresh,
-      jsonb_build_object('start_offset', refresh_start + INTERVAL '2 days',
-                         'end_offset', greatest(refresh_end, INTERVAL '1 day')), INTERVAL '1 hour');
-    PERFORM public.reconcile_policy(
-      format('public.%s_telemetry_history', class)::regclass, 'policy_compression',
-      jsonb_build_object('compress_after', columnstore_after), INTERVAL '6 hours');
-    PERFORM public.reconcile_policy(
-      format('public.%s_telemetry_history', class)::regclass, 'policy_retention',
-      jsonb_build_object('drop_after', raw_retention), INTERVAL '1 day');
-    PERFORM public.reconcile_policy(
-      format('public.%s_hourly', class)::regclass, 'policy_retention',
-      jsonb_build_object('drop_after', hourly_retention), INTERVAL '1 day');
-  END LOOP;
-  -- Two jobs of our own.
-  FOR job IN SELECT * FROM (VALUES
-      ('hold_retention', INTERVAL '15 minutes', '{}'::jsonb),
-      ('sweep_expired', INTERVAL '1 day', jsonb_build_object('drop_after', quarantine_retention))
-    ) AS j(name, every, config)
+  PERFORM public.set_chunk_time_interval(history, chunk)
+  FROM unnest(ARRAY['public.meter_telemetry_history',
+                    'public.vehicle_telemetry_history']::regclass[]) history;
+  FOR wanted IN SELECT * FROM public.wanted_policies(
+    columnstore_after, raw_retention, hourly_retention, refresh_start, refresh_end, refresh_every,
+    quarantine_retention)
   LOOP
-    SELECT j.config INTO wanted FROM timescaledb_information.jobs j
-    WHERE j.proc_schema = 'public' AND j.proc_name = job.name;
-    IF NOT FOUND OR wanted <> job.config THEN
+    IF wanted.relation IS NOT NULL THEN
+      PERFORM public.reconcile_policy(
+        format('public.%I', wanted.relation)::regclass, wanted.policy, wanted.config, wanted.every);
+    ELSIF NOT EXISTS (
+      SELECT FROM timescaledb_information.jobs j
+      WHERE j.proc_schema = 'public' AND j.proc_name = wanted.policy
+        AND j.config = wanted.config AND j.schedule_interval = wanted.every)
+    THEN  -- a job of our own
       PERFORM public.delete_job(j.job_id) FROM timescaledb_information.jobs j
-      WHERE j.proc_schema = 'public' AND j.proc_name = job.name;
+      WHERE j.proc_schema = 'public' AND j.proc_name = wanted.policy;
       PERFORM public.add_job(
-        format('public.%I', job.name)::regproc, job.every, config => job.config);
+        format('public.%I', wanted.policy)::regproc, wanted.every, config => wanted.config);
     END IF;
   END LOOP;
 END $$;

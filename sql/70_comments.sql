@@ -22,6 +22,10 @@ COMMENT ON TABLE job_run IS
   'Jobs that the service ran itself, where the engine has no background workers. Kept for 90 days.';
 COMMENT ON TABLE rollup_probe IS
   'Versions of TimescaleDB whose book-keeping migrate has probed: only a trusted one is answered from rollups.';
+COMMENT ON TABLE schema_fingerprint IS
+  'What migrate left, object by object: energy-platform doctor names what was changed by hand since.';
+COMMENT ON TABLE schema_release IS
+  'The releases of migrations and sql that were applied to this database.';
 
 COMMENT ON VIEW meter_hourly IS
   'Real-time continuous aggregate: a meter''s UTC hours. Late data shows after the next refresh.';
@@ -121,6 +125,11 @@ BEGIN
       (NULL, 'timescaledb_version', 'Version of the extension.'),
       (NULL, 'trusted', 'Whether a late row was marked, and only its hour, until it was refreshed.'),
       (NULL, 'probed_at', 'When the probe ran.'),
+      (NULL, 'kind', 'Kind of object: table, column, index, function, comment, grant ...'),
+      (NULL, 'definition', 'The statement that makes the object, or what it is like.'),
+      (NULL, 'checksum', 'SHA-256 over the files of the release.'),
+      (NULL, 'printed_by', 'Versions of PostgreSQL and TimescaleDB and of the query that printed the definitions.'),
+      (NULL, 'migrated_at', 'When its migrate ended; NULL: it was cut off.'),
       (NULL, 'hour', 'Begin of the hour, UTC.'),
       (NULL, 'day', 'Begin of the day, UTC.'),
       (NULL, 'readings', 'How many readings.'),
@@ -170,6 +179,7 @@ BEGIN
       ('suspect_reading', 'detail', 'The same in words, with figures.'),
       ('judged_reading', 'temp', 'Battery temperature, degrees Celsius; NULL for a meter.'),
       (NULL, 'verdict', 'The first that applies: no_meter, insufficient_data (a coverage under 0.9), above_one, below_threshold (ratio under 0.85), ok.'),
+      ('schema_fingerprint', 'name', 'Name of the object; of a part, behind that of its table.'),
       ('meter_live_status', 'ts', 'When the meter read last, by its own clock.'),
       ('vehicle_live_status', 'ts', 'When the vehicle read last, by its own clock.')
     )
@@ -236,6 +246,9 @@ COMMENT ON AGGREGATE bucket_increase(float8, float8, float8) IS
 COMMENT ON FUNCTION reconcile_policies(
   interval, interval, interval, interval, interval, interval, interval, interval) IS
   'Make all policies be as the settings say; what is so already is left alone.';
+COMMENT ON FUNCTION wanted_policies(
+  interval, interval, interval, interval, interval, interval, interval) IS
+  'Every policy and job that the settings ask for.';
 COMMENT ON FUNCTION reconcile_policy(regclass, text, jsonb, interval) IS
   'Make the policy of one kind on one relation be exactly this.';
 COMMENT ON FUNCTION hypertable_number(regclass) IS

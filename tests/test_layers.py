@@ -35,7 +35,7 @@ BESIDE: dict[str, set[str]] = {
     "logs": set(),
     "embedded": {"errors"},
     # Says what is wrong with a running schema, for the command line.
-    "doctor": {"schema", "settings"},
+    "doctor": {"database", "errors", "schema", "settings"},
     # Which database a command works on: the engine, or a server.
     "runtime": {"database", "embedded", "errors", "settings"},
     # A client of the HTTP door, in a process of its own: it must not reach into the service.

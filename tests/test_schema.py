@@ -312,31 +312,3 @@ def test_pending_migrations_are_not_ready(api: httpx.Client, db: psycopg.Connect
     assert "0008" in answer.text
     db.execute("DROP TABLE _yoyo_migration")
     assert api.get("/health/ready").status_code == 503
-
-
-def test_the_doctor_finds_planted_faults(db: psycopg.Connection[Any]) -> None:
-    def subjects(settings: Settings = DEFAULTS) -> dict[str, str]:
-        return {found.subject: found.problem for found in doctor.examine(db, settings, NOW)}
-
-    assert set(subjects().values()) == {"has never run"}
-    db.execute(
-        "INSERT INTO job_run (job_id, job_name, started_at, finished_at, succeeded, error)"
-        " SELECT job_id, job, %(now)s, %(now)s, true, NULL FROM job_status",
-        {"now": NOW},
-    )
-    held = subjects()
-    assert set(held.values()) == {"held back: raw readings that would be dropped are not rolled up"}
-    db.execute(
-        "SELECT alter_job(job_id, scheduled => true) FROM job_status WHERE job = 'policy_retention'"
-    )
-    assert subjects() == {}
-    db.execute("UPDATE job_run SET started_at = started_at - INTERVAL '50 minutes'"
-               " WHERE job_name = 'hold_retention'")  # fmt: skip
-    assert subjects() == {"hold_retention": "last ran 2026-02-10 11:10Z"}
-    db.execute("UPDATE job_run SET succeeded = false, error = 'disk full'"
-               " WHERE job_name = 'hold_retention'")  # fmt: skip
-    assert subjects() == {"hold_retention": "failed: disk full"}
-    db.execute("UPDATE job_run SET started_at = %s, succeeded = true", (NOW,))
-    assert "raw_retention must be" in subjects(Settings(raw_retention=days(1)))["settings"]
-    db.execute("DELETE FROM _yoyo_migration WHERE migration_id LIKE '0002%'")
-    assert subjects() == {"schema": "lacks 0002_fleet"}

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import getpass
+import itertools
 import os
 import signal
 import socket
@@ -48,6 +49,7 @@ WRONG_USE: Final = 2
 NOT_REACHABLE: Final = 3
 
 DEMO_END_SECONDS_MAX: Final = 15.0
+FINDINGS_SHOWN_MAX: Final = 20  # of each part: who granted everything is not told so 200 times
 
 
 class Command(NamedTuple):
@@ -103,10 +105,14 @@ def run_serve(settings: Settings, _arguments: argparse.Namespace) -> int:
         )
     with database.connect_now(settings.database_url, "energy-platform serve") as connection:
         missing = schema.missing_migrations(connection)
-    if missing:
-        raise SetupError(
-            f"The database lacks {len(missing)} migrations.", hint="run `energy-platform migrate`"
-        )
+        if missing:
+            problem = f"The database lacks {len(missing)} migrations."
+        elif not schema.is_applied(connection):
+            problem = "The database has not seen the sql/ of this release."
+        else:
+            problem = None
+    if problem:
+        raise SetupError(problem, hint="run `energy-platform migrate`")
     _prepare_keys(settings.database_url, settings)
     if settings.workers == 1:
         app = create_app(settings, settings.database_url)
@@ -300,10 +306,17 @@ def run_doctor(settings: Settings, _arguments: argparse.Namespace) -> int:
         database.connect_now(dsn, "energy-platform doctor") as connection,
     ):
         findings = doctor.examine(connection, settings, utc_now())
-    for finding in findings:
-        _say(f"{finding.subject}: {finding.problem}\n    {finding.mend}")
-    _say(f"{len(findings)} found." if findings else "Nothing is wrong.")
-    return FOUND_WRONG if findings else DONE
+    for part, found in itertools.groupby(findings, lambda finding: finding.part):
+        _say(part)
+        listed = list(found)
+        for finding in listed[:FINDINGS_SHOWN_MAX]:
+            mark = "* " if finding.severity == "remark" else ""
+            _say(f"  {mark}{finding.subject}: {finding.problem}\n      {finding.mend}")
+        if len(listed) > FINDINGS_SHOWN_MAX:
+            _say(f"  and {len(listed) - FINDINGS_SHOWN_MAX} more")
+    faults = sum(finding.severity == "fault" for finding in findings)
+    _say(f"{faults} found." if faults else "Nothing is wrong.")
+    return FOUND_WRONG if faults else DONE
 
 
 def run_jobs(settings: Settings, arguments: argparse.Namespace) -> int:

@@ -1,8 +1,10 @@
 """The schema's life: migrate, check, and run the jobs that are due."""
 
 import contextlib
+import hashlib
 import io
 import logging
+import re
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,6 +27,8 @@ _log = logging.getLogger("energy_platform.schema")
 
 POSTGRES_MIN: Final = 15
 TIMESCALEDB_MIN: Final = (2, 23)
+POSTGRES_TRIED: Final = 17
+TIMESCALEDB_TRIED: Final = (2, 28)
 MIGRATE_LOCK: Final = 0x656E65726779  # "energy", as the key of an advisory lock
 HOURLY: Final = timedelta(hours=1)
 DAILY: Final = timedelta(days=1)
@@ -51,6 +55,8 @@ def migrate(dsn: str, settings: Settings, *, keep_policies: bool = False) -> lis
         raise SetupError(f"These settings would lose data: {'; '.join(wrong)}.")
     with database.connect_now(dsn, "energy-platform migrate") as connection, _lock(connection):
         check_server(connection)
+        recorded = _begin_release(connection)
+        before = fetch_objects(connection) if recorded else {}
         applied = _apply_migrations(dsn)
         for path in sorted((_schema_folder() / "sql").glob("*.sql")):
             with connection.transaction():
@@ -60,6 +66,7 @@ def migrate(dsn: str, settings: Settings, *, keep_policies: bool = False) -> lis
         if not (keep_policies and fetch_job_status(connection)):
             _check_kept(connection, settings)
             connection.execute(_SQL["reconcile_policies"], settings.retention._asdict())
+        _finish_release(connection, before, recorded)
     return applied
 
 
@@ -150,8 +157,7 @@ def check_server(connection: psycopg.Connection[Any]) -> None:
             "This server has no TimescaleDB: install TimescaleDB Community "
             f"{_dotted(TIMESCALEDB_MIN)} or newer and load it by shared_preload_libraries."
         )
-    version = tuple(int(part) for part in (installed or available).split("-")[0].split(".")[:2])
-    if version < TIMESCALEDB_MIN:
+    if _minor(installed or available) < TIMESCALEDB_MIN:
         raise SetupError(
             f"TimescaleDB {installed or available} is too old: {_dotted(TIMESCALEDB_MIN)} or newer "
             "is needed (ALTER EXTENSION timescaledb UPDATE, once the newer one is installed)."
@@ -168,6 +174,24 @@ def check_server(connection: psycopg.Connection[Any]) -> None:
             "columnstore and no policies: the Community edition is needed (timescaledb.license = "
             "'timescale')."
         )
+
+
+def fetch_untried(connection: psycopg.Connection[Any]) -> list[tuple[str, str, str]]:
+    """What of the server is newer than what was tried: its name, its version, the newest tried."""
+    row = connection.execute(_SQL["fetch_server"]).fetchone()
+    assert row is not None
+    server_version, _, installed = row
+    untried = []
+    if server_version // 10_000 > POSTGRES_TRIED:
+        untried.append(("PostgreSQL", str(server_version // 10_000), str(POSTGRES_TRIED)))
+    if _minor(installed) > TIMESCALEDB_TRIED:
+        untried.append(("TimescaleDB", installed, _dotted(TIMESCALEDB_TRIED)))
+    return untried
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    """2.23 of 2.23.0-dev."""
+    return tuple(int(part) for part in version.split("-")[0].split(".")[:2])
 
 
 def _dotted(version: tuple[int, ...]) -> str:
@@ -192,6 +216,115 @@ def _apply_migrations(dsn: str) -> list[str]:
             return [migration.id for migration in outstanding]
     finally:
         backend.connection.close()
+
+
+# ---- what there is ----------------------------------------------------------------------------
+
+# Kind and name of each object of the schema, with its definition.
+Objects = dict[tuple[str, str], str]
+
+
+_PRINTED: Final = {"query": _SQL["fetch_objects"]}
+
+
+class Release(msgspec.Struct):
+    """The release that was applied last."""
+
+    checksum: str
+    is_whole: bool
+    is_printed_alike: bool
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether what it recorded can be compared with what there is now."""
+        return self.is_whole and self.is_printed_alike
+
+
+def compute_checksum() -> str:
+    """What tells this release of migrations/ and sql/ from others."""
+    digest = hashlib.sha256()
+    for path in sorted(_schema_folder().glob("*/*.sql")):
+        if path.parent.name in ("migrations", "sql"):
+            digest.update(f"{path.parent.name}/{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def list_routines() -> set[str]:
+    """The names of the functions that every migrate makes again."""
+    files = (_schema_folder() / "sql").glob("*.sql")
+    made = re.compile(r"^CREATE OR REPLACE (?:FUNCTION|PROCEDURE) (\w+)", re.M)
+    return {name for path in files for name in made.findall(path.read_text("utf-8"))}
+
+
+def fetch_release(connection: psycopg.Connection[Any]) -> Release | None:
+    with connection.cursor(row_factory=class_row(Release)) as cursor:
+        return cursor.execute(_SQL["fetch_release"], _PRINTED).fetchone()
+
+
+def is_applied(connection: psycopg.Connection[Any]) -> bool:
+    """Whether this release was ever migrated to here, to the end."""
+    found = connection.execute(_SQL["fetch_is_applied"], {"checksum": compute_checksum()})
+    return found.fetchone() is not None
+
+
+def fetch_objects(connection: psycopg.Connection[Any]) -> Objects:
+    """Everything that is in our schema now."""
+    with connection.transaction(force_rollback=True):  # which undoes print_alike
+        connection.execute(_SQL["print_alike"])
+        rows = connection.execute(_SQL["fetch_objects"]).fetchall()
+    return {(kind, name): definition for kind, name, definition in rows}
+
+
+def fetch_recorded(connection: psycopg.Connection[Any]) -> Objects:
+    """What the last migrate left."""
+    rows = connection.execute(_SQL["fetch_recorded"]).fetchall()
+    return {(kind, name): definition for kind, name, definition in rows}
+
+
+def _begin_release(connection: psycopg.Connection[Any]) -> Objects:
+    """What earlier migrates left; empty where that is no measure of what there is now.
+
+    Until _finish_release another release than the last counts as not applied.
+    """
+    try:
+        last = fetch_release(connection)
+    except psycopg.errors.UndefinedTable:
+        return {}
+    if last is None or not last.is_comparable:
+        return {}
+    if last.checksum != (checksum := compute_checksum()):
+        connection.execute(_SQL["add_release"], {"checksum": checksum, **_PRINTED})
+    return fetch_recorded(connection)
+
+
+def _finish_release(
+    connection: psycopg.Connection[Any], before: Objects, recorded: Objects
+) -> None:
+    """Record what this migrate left.
+
+    What it did not touch stays on record as it was: a change by hand does not become right by
+    having been there when a migrate came by. Grants to everyone are never on record.
+    """
+    after = fetch_objects(connection)
+    kept = {key for key in recorded.keys() | before.keys() if before.get(key) == after.get(key)}
+    objects = {key: text for key, text in after.items() if key not in kept and _is_made(*key)}
+    objects |= {key: text for key, text in recorded.items() if key in kept}
+    columns = {
+        "kinds": [kind for kind, _ in objects],
+        "names": [name for _, name in objects],
+        "definitions": list(objects.values()),
+    }
+    release = {"checksum": compute_checksum()}
+    with connection.transaction():
+        connection.execute(_SQL["record_objects"], columns)
+        connection.execute(_SQL["add_release"], {**release, **_PRINTED})
+        connection.execute(_SQL["finish_release"], release)
+
+
+def _is_made(kind: str, name: str) -> bool:
+    """Whether it is sql/60_roles.sql that a grant is there by, rather than a hand."""
+    is_reset = " ON public." in name or " ON ROUTINE " in name
+    return kind != "grant" or (is_reset and not name.endswith(" TO PUBLIC"))
 
 
 def list_migrations() -> set[str]:
@@ -220,6 +353,10 @@ async def check_ready(pool: database.Pool) -> dict[str, str]:
             missing = list_migrations() - {row[0] for row in await cursor.fetchall()}
         except psycopg.errors.UndefinedTable:
             missing = list_migrations()
+        if not missing:
+            release = {"checksum": compute_checksum()}
+            cursor = await connection.execute(_SQL["fetch_is_applied"], release)
+            missing = set() if await cursor.fetchone() is not None else {"sql/ of this release"}
         if missing:
             return {"database": "ok", "schema": f"needs migrate: {', '.join(sorted(missing))}"}
         async with connection.cursor(row_factory=class_row(JobStatus)) as jobs:

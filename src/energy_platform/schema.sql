@@ -4,6 +4,158 @@ SELECT current_setting('server_version_num')::int AS server_version_num,
        (SELECT default_version FROM pg_available_extensions WHERE name = 'timescaledb') AS available,
        (SELECT extversion FROM pg_extension WHERE extname = 'timescaledb') AS installed
 
+-- name: add_release
+-- Unfinished until finish_release: what a migrate that was cut off left is no record to compare by.
+INSERT INTO schema_release (checksum, printed_by)
+SELECT %(checksum)s, concat_ws(' ', current_setting('server_version_num')::int / 10000, extversion,
+                               md5(%(query)s))
+FROM pg_extension WHERE extname = 'timescaledb'
+ON CONFLICT (checksum) DO UPDATE SET printed_by = excluded.printed_by, migrated_at = NULL
+
+-- name: finish_release
+WITH cut_off AS (
+  DELETE FROM schema_release WHERE checksum <> %(checksum)s AND migrated_at IS NULL
+)
+UPDATE schema_release SET migrated_at = now() WHERE checksum = %(checksum)s
+
+-- name: fetch_release
+-- The release that was applied last; without is_whole, its migrate was cut off. is_printed_alike: by
+-- the server and the query that print definitions now.
+SELECT checksum, migrated_at IS NOT NULL AS is_whole,
+       printed_by = concat_ws(' ', current_setting('server_version_num')::int / 10000, extversion,
+                              md5(%(query)s)) AS is_printed_alike
+FROM schema_release, pg_extension WHERE extname = 'timescaledb'
+ORDER BY migrated_at DESC NULLS FIRST LIMIT 1
+
+-- name: fetch_is_applied
+SELECT FROM schema_release WHERE checksum = %(checksum)s AND migrated_at IS NOT NULL
+
+-- name: fetch_recorded
+SELECT kind, name, definition FROM schema_fingerprint
+
+-- name: record_objects
+WITH object AS (
+  SELECT * FROM unnest(%(kinds)s::text[], %(names)s::text[], %(definitions)s::text[])
+    AS o (kind, name, definition)
+), gone AS (
+  DELETE FROM schema_fingerprint f
+  WHERE NOT EXISTS (SELECT FROM object o WHERE o.kind = f.kind AND o.name = f.name)
+)
+INSERT INTO schema_fingerprint AS f (kind, name, definition) SELECT * FROM object
+ON CONFLICT (kind, name) DO UPDATE SET definition = excluded.definition
+WHERE f.definition <> excluded.definition
+
+-- name: print_alike
+-- Definitions do not depend on what a session has set.
+SELECT set_config('search_path', 'pg_catalog', true), set_config('timezone', 'UTC', true),
+       set_config('intervalstyle', 'postgres', true), set_config('datestyle', 'ISO, YMD', true)
+
+-- name: fetch_objects
+-- Everything in our schema with its definition: where it can be, the statement that makes it. What
+-- belongs to an extension or to yoyo is not ours. TimescaleDB numbers its own tables, and may do so
+-- anew, so numbers are no part of a definition.
+WITH relation AS (
+  SELECT c.oid, c.relname, c.relkind, c.relacl, c.relowner, c.reltype, c.relpersistence,
+         c.relrowsecurity,
+         CASE WHEN c.relkind IN ('v', 'm') THEN
+           CASE WHEN a.user_view_name IS NULL THEN 'view' ELSE 'continuous aggregate' END
+           WHEN c.relkind = 'c' THEN 'type' WHEN c.relkind = 'S' THEN 'sequence'
+           ELSE 'table' END AS kind
+  FROM pg_class c
+  LEFT JOIN _timescaledb_catalog.continuous_agg a
+    ON a.user_view_schema = 'public' AND a.user_view_name = c.relname
+  WHERE c.relnamespace = 'public'::regnamespace AND c.relkind NOT IN ('i', 'I', 't')
+    AND c.relname !~ '^_?yoyo_'
+    AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass
+                    AND d.objid = c.oid AND d.deptype = 'e')
+), attribute AS (
+  SELECT r.kind, r.relname, a.*
+  FROM relation r JOIN pg_attribute a ON a.attrelid = r.oid
+  WHERE a.attnum > 0 AND NOT a.attisdropped AND r.kind <> 'sequence'
+), routine AS (
+  SELECT p.*, format('%I(%s)', p.proname, oidvectortypes(p.proargtypes)) AS name,
+         CASE p.prokind WHEN 'a' THEN 'aggregate' WHEN 'p' THEN 'procedure'
+                        ELSE 'function' END AS kind
+  FROM pg_proc p
+  WHERE p.pronamespace = 'public'::regnamespace
+    AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass
+                    AND d.objid = p.oid AND d.deptype = 'e')
+), acl AS (
+  SELECT format('public.%I', relname) AS object, NULL::text AS part,
+         coalesce(relacl, acldefault('r', relowner)) AS items FROM relation WHERE kind <> 'sequence'
+  UNION ALL
+  SELECT format('SEQUENCE public.%I', relname), NULL, relacl FROM relation WHERE kind = 'sequence'
+  UNION ALL
+  SELECT format('public.%I', relname), format(' (%I)', attname), attacl FROM attribute
+  UNION ALL
+  SELECT 'ROUTINE public.' || name, NULL, coalesce(proacl, acldefault('f', proowner)) FROM routine
+  UNION ALL
+  SELECT 'SCHEMA public', NULL, nspacl FROM pg_namespace WHERE nspname = 'public'
+  UNION ALL
+  SELECT format('DATABASE %I', datname), NULL, coalesce(datacl, acldefault('d', datdba))
+  FROM pg_database WHERE datname = current_database()
+)
+SELECT kind, relname::text AS name,
+       CASE kind
+         WHEN 'table' THEN concat_ws(
+           ', ', CASE relpersistence WHEN 'u' THEN 'SET UNLOGGED' ELSE 'SET LOGGED' END,
+           CASE WHEN relrowsecurity THEN 'ENABLE' ELSE 'DISABLE' END || ' ROW LEVEL SECURITY')
+         WHEN 'type' THEN 'composite'
+         ELSE regexp_replace(pg_get_viewdef(oid),
+                             '_materialized_hypertable_\d+|cagg_watermark\(\d+\)', 'N', 'g')
+       END AS definition
+FROM relation WHERE kind <> 'sequence'
+UNION ALL
+SELECT 'column', format('%I.%I', a.relname, a.attname),
+       format_type(a.atttypid, a.atttypmod)
+       || CASE WHEN a.attcollation NOT IN (0, 100)
+               THEN coalesce(' COLLATE ' || quote_ident(l.collname), '') ELSE '' END
+       || CASE a.attidentity WHEN '' THEN '' ELSE ' GENERATED AS IDENTITY' END
+       || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
+       || coalesce(' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid), '')
+FROM attribute a
+LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+LEFT JOIN pg_collation l ON l.oid = a.attcollation
+WHERE a.kind IN ('table', 'type')
+UNION ALL
+SELECT 'constraint', format('%I.%I', r.relname, c.conname),
+       format('ALTER TABLE public.%I ADD CONSTRAINT %I %s', r.relname, c.conname,
+              pg_get_constraintdef(c.oid))
+FROM relation r JOIN pg_constraint c ON c.conrelid = r.oid AND c.contype IN ('c', 'f', 'p', 'u', 'x')
+UNION ALL
+SELECT 'index', format('%I.%I', r.relname, c.relname),
+       pg_get_indexdef(c.oid) || CASE WHEN i.indisvalid THEN '' ELSE ' (not valid)' END
+FROM relation r JOIN pg_index i ON i.indrelid = r.oid JOIN pg_class c ON c.oid = i.indexrelid
+WHERE NOT EXISTS (SELECT FROM pg_constraint o WHERE o.conindid = c.oid AND o.conrelid = r.oid)
+UNION ALL
+SELECT 'trigger', format('%I.%I', r.relname, t.tgname), pg_get_triggerdef(t.oid)
+FROM relation r JOIN pg_trigger t ON t.tgrelid = r.oid
+WHERE NOT t.tgisinternal AND t.tgname NOT LIKE 'ts\_%'
+UNION ALL
+SELECT kind, name,
+       CASE prokind WHEN 'a' THEN (SELECT concat_ws(' ', aggtransfn::regprocedure, aggtranstype::regtype,
+                                                    aggfinalfn::regprocedure, agginitval)
+                                   FROM pg_aggregate WHERE aggfnoid = routine.oid)
+                    ELSE pg_get_functiondef(oid) END
+FROM routine
+UNION ALL
+SELECT 'comment', kind || ' ' || relname,
+       coalesce(obj_description(oid, 'pg_class'), obj_description(reltype, 'pg_type'))
+FROM relation
+WHERE coalesce(obj_description(oid, 'pg_class'), obj_description(reltype, 'pg_type')) IS NOT NULL
+UNION ALL
+SELECT 'comment', format('column %I.%I', relname, attname), col_description(attrelid, attnum)
+FROM attribute WHERE col_description(attrelid, attnum) IS NOT NULL
+UNION ALL
+SELECT 'comment', kind || ' ' || name, obj_description(oid, 'pg_proc')
+FROM routine WHERE obj_description(oid, 'pg_proc') IS NOT NULL
+UNION ALL
+SELECT 'grant', format('%s%s ON %s TO %s', g.privilege_type, acl.part, acl.object,
+                       coalesce(o.rolname, 'PUBLIC')),
+       CASE WHEN g.is_grantable THEN 'WITH GRANT OPTION' ELSE '' END
+FROM acl, LATERAL aclexplode(acl.items) g LEFT JOIN pg_roles o ON o.oid = g.grantee
+WHERE g.grantee = 0 OR o.rolname IN ('energy_reader', 'energy_ingest')
+
 -- name: reconcile_policies
 SELECT reconcile_policies(
   chunk => %(chunk)s, columnstore_after => %(columnstore_after)s, raw_retention => %(raw_retention)s,

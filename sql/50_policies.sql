@@ -58,7 +58,7 @@ $$;
 CREATE OR REPLACE FUNCTION wanted_policies(
   columnstore_after interval, raw_retention interval, hourly_retention interval,
   refresh_start interval, refresh_end interval, refresh_every interval,
-  quarantine_retention interval)
+  quarantine_retention interval, quarantine_bytes_max bigint)
 RETURNS TABLE (relation text, policy text, every interval, config jsonb)
 LANGUAGE sql STABLE AS $$
   SELECT w.*
@@ -77,14 +77,18 @@ LANGUAGE sql STABLE AS $$
      jsonb_build_object('drop_after', hourly_retention))) AS w
   UNION ALL VALUES
     (NULL, 'hold_retention', INTERVAL '15 minutes', '{}'::jsonb),
-    (NULL, 'sweep_expired', INTERVAL '1 day',
-     jsonb_build_object('drop_after', quarantine_retention))
+    (NULL, 'sweep_expired', INTERVAL '1 hour',
+     jsonb_build_object('drop_after', quarantine_retention, 'bytes_max', quarantine_bytes_max))
 $$;
+
+-- Of the releases before quarantine had a bound.
+DROP FUNCTION IF EXISTS reconcile_policies(
+  interval, interval, interval, interval, interval, interval, interval, interval);
 
 CREATE OR REPLACE FUNCTION reconcile_policies(
   chunk interval, columnstore_after interval, raw_retention interval, hourly_retention interval,
   refresh_start interval, refresh_end interval, refresh_every interval,
-  quarantine_retention interval)
+  quarantine_retention interval, quarantine_bytes_max bigint)
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
   wanted record;
@@ -94,7 +98,7 @@ BEGIN
                     'public.vehicle_telemetry_history']::regclass[]) history;
   FOR wanted IN SELECT * FROM public.wanted_policies(
     columnstore_after, raw_retention, hourly_retention, refresh_start, refresh_end, refresh_every,
-    quarantine_retention)
+    quarantine_retention, quarantine_bytes_max)
   LOOP
     IF wanted.relation IS NOT NULL THEN
       PERFORM public.reconcile_policy(
@@ -227,15 +231,29 @@ LANGUAGE sql IMMUTABLE AS $$
   SELECT abs(a - b) <= 1e-9 * greatest(abs(a), abs(b), 1)
 $$;
 
--- Quarantine past its retention, the record of the service's own job runs, and flags of readings that no
--- hourly rollup speaks of any more.
+-- Quarantine past its retention or over its bound, the record of the service's own job runs, and flags of
+-- readings that no hourly rollup speaks of any more. What is kept in quarantine is summed up only where the
+-- table has grown so large on disk; an entry without its payload takes about 500 bytes, with its
+-- indexes.
 CREATE OR REPLACE PROCEDURE sweep_expired(job_id integer, config jsonb)
-LANGUAGE sql AS $$
+LANGUAGE plpgsql AS $$
+DECLARE
+  bytes_max constant bigint := (config ->> 'bytes_max')::bigint;
+BEGIN
   DELETE FROM public.quarantine WHERE last_seen < now() - (config ->> 'drop_after')::interval;
+  IF pg_total_relation_size('public.quarantine') > bytes_max THEN
+    DELETE FROM public.quarantine
+    WHERE quarantine_id IN (
+      SELECT quarantine_id
+      FROM (SELECT quarantine_id, sum(octet_length(payload) + 500)
+                     OVER (ORDER BY last_seen DESC, quarantine_id DESC) AS bytes
+            FROM public.quarantine) kept
+      WHERE bytes > bytes_max);
+  END IF;
   DELETE FROM public.job_run WHERE started_at < now() - INTERVAL '90 days';
   DELETE FROM public.suspect_reading s USING timescaledb_information.jobs j
   JOIN timescaledb_information.continuous_aggregates a
     ON a.materialization_hypertable_name = j.hypertable_name
   WHERE j.proc_name = 'policy_retention' AND a.view_name = s.device_class || '_hourly'
     AND s.ts < now() - (j.config ->> 'drop_after')::interval;
-$$;
+END $$;

@@ -244,10 +244,10 @@ COMMENT ON AGGREGATE bucket_increase(float8, float8, float8) IS
   'kWh that a register grew by over buckets (increase, first, last) ORDER BY time: their increases and the steps between them.';
 
 COMMENT ON FUNCTION reconcile_policies(
-  interval, interval, interval, interval, interval, interval, interval, interval) IS
+  interval, interval, interval, interval, interval, interval, interval, interval, bigint) IS
   'Make all policies be as the settings say; what is so already is left alone.';
 COMMENT ON FUNCTION wanted_policies(
-  interval, interval, interval, interval, interval, interval, interval) IS
+  interval, interval, interval, interval, interval, interval, interval, bigint) IS
   'Every policy and job that the settings ask for.';
 COMMENT ON FUNCTION reconcile_policy(regclass, text, jsonb, interval) IS
   'Make the policy of one kind on one relation be exactly this.';
@@ -260,7 +260,7 @@ COMMENT ON FUNCTION unrolled_hours(text, timestamptz) IS
 COMMENT ON FUNCTION is_close(float8, float8) IS
   'Whether two sums are the same but for the order in which they were added up.';
 COMMENT ON PROCEDURE sweep_expired(integer, jsonb) IS
-  'Job: delete quarantine past its retention, and records of job runs older than 90 days.';
+  'Job: delete quarantine past its retention or over its bound, and records of job runs older than 90 days.';
 
 COMMENT ON FUNCTION rolled_before(text, text, timestamptz, timestamptz) IS
   'The newest hour of a device''s rollup before an instant, and its last kWh.';

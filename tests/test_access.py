@@ -61,6 +61,7 @@ ROUTES: list[tuple[str, str, str | None, Any]] = [
     ("GET", "/v1/corrections", "admin", None),
     ("GET", "/v1/corrections/1/readings", "admin", None),
     ("GET", "/v1/quarantine", "admin", None),
+    ("GET", "/v1/quarantine/counts", "admin", None),
     ("POST", "/v1/quarantine/replay", "admin", {"ids": []}),
     ("GET", "/health/live", None, None),
     ("GET", "/health/ready", None, None),

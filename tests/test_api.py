@@ -487,6 +487,7 @@ def test_a_bad_page_is_400(api: httpx.Client, subtests: pytest.Subtests) -> None
     for query in ("deviceId=%00", "deviceId=", "code=%00", "code=A%20b"):
         with subtests.test(f"quarantine?{query}"):
             assert_problem(api.get(f"/v1/quarantine?{query}"), 400, "bad_parameter")
+            assert_problem(api.get(f"/v1/quarantine/counts?{query}"), 400, "bad_parameter")
 
 
 # ---- Devices ----------------------------------------------------------------------------------
@@ -798,6 +799,7 @@ ROUTES = {
     "/v1/assignments": {"get", "put"},
     "/v1/assignments/{assignmentId}": {"delete"},
     "/v1/quarantine": {"get"},
+    "/v1/quarantine/counts": {"get"},
     "/v1/quarantine/replay": {"post"},
     "/v1/corrections": {"get", "post"},
     "/v1/corrections/{correctionId}/readings": {"get"},

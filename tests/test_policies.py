@@ -4,6 +4,7 @@ Policies look at the server's own clock, so here the data is laid around it; not
 """
 
 import logging
+import random
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -119,7 +120,7 @@ def test_policies_are_those_of_the_design(db: psycopg.Connection[Any]) -> None:
     found = {key: policy[1:] for key, policy in fetch_policies(db).items()}
     wanted: dict[tuple[str, str], tuple[Any, Any]] = {
         ("hold_retention", ""): (HOUR / 4, {}),
-        ("sweep_expired", ""): (DAY, {"drop_after": "30 days"}),
+        ("sweep_expired", ""): (HOUR, {"drop_after": "30 days", "bytes_max": 10 * 2**30}),
     }
     for device_class in ("meter", "vehicle"):
         hourly, daily = f"{device_class}_hourly", f"{device_class}_daily"
@@ -162,7 +163,7 @@ def test_policies_follow_the_settings_and_are_left_alone(
         "compress_after": "2 days 12:00:00"
     }
     assert after[REFRESH, "meter_hourly"][1] == timedelta(minutes=5)
-    assert after["sweep_expired", ""][2] == {"drop_after": "7 days"}
+    assert after["sweep_expired", ""][2] == {"drop_after": "7 days", "bytes_max": 10 * 2**30}
     chunk = db.execute(
         "SELECT DISTINCT time_interval FROM timescaledb_information.dimensions"
         " WHERE hypertable_name IN ('meter_telemetry_history', 'vehicle_telemetry_history')"
@@ -404,6 +405,32 @@ def test_expired_quarantine_is_swept(db: psycopg.Connection[Any], now: datetime)
     assert db.execute(
         "SELECT count(*) FROM job_run WHERE started_at < %s", (now - 90 * DAY,)
     ).fetchone() == (0,)
+
+
+def test_quarantine_over_its_bound_loses_what_was_seen_longest_ago(
+    dsn: str, db: psycopg.Connection[Any], now: datetime
+) -> None:
+    def left() -> list[int]:
+        schema.run_due_jobs(db, lambda: now, run_all=True)
+        return [
+            int(row[0])
+            for row in db.execute(
+                "SELECT extract(epoch FROM %s - last_seen) / 3600 FROM quarantine ORDER BY 1",
+                (now,),
+            )
+        ]
+
+    for age in range(1, 101):  # random bytes: they do not shrink on disk
+        db.execute(
+            "INSERT INTO quarantine (fingerprint, payload, payload_bytes, code, path, detail,"
+            " first_seen, last_seen) VALUES (%s, %s, 65536, 'not_json', '', '', %s, %s)",
+            (str(age).encode(), random.Random(age).randbytes(65_536), now, now - age * HOUR),
+        )
+    assert left() == list(range(1, 101))
+    schema.migrate(dsn, Settings(quarantine_bytes_max=40 * 66_036))
+    assert left() == list(range(1, 41))
+    # What is free inside of the table is no reason to delete more.
+    assert left() == list(range(1, 41))
 
 
 def test_old_readings_are_not_let_go_for_want_of_a_setting(

@@ -35,6 +35,7 @@ def replay(api: httpx.Client, **wanted: Any) -> dict[str, Any]:
     account: dict[str, Any] = answer.json()
     outcomes = ("stored", "duplicate", "conflicting", "rejected")
     assert account["received"] == sum(account[outcome] for outcome in outcomes)
+    assert account["received"] == sum(became["entries"] for became in account["became"])
     return account
 
 
@@ -125,6 +126,129 @@ def test_entries_are_filtered(api: httpx.Client) -> None:
     assert entries(api, code="never") == []
 
 
+def test_entries_are_counted_by_code_and_device(api: httpx.Client, clock: Clock) -> None:
+    def counts(**query: str) -> dict[str, Any]:
+        answer = api.get("/v1/quarantine/counts", params=query)
+        assert answer.status_code == 200, answer.text
+        content: dict[str, Any] = answer.json()
+        return content
+
+    assert counts() == {
+        "total": 0, "readings": 0, "byCode": [], "byDevice": [], "devicesOmitted": 0,
+    }  # fmt: skip
+    wrong = [meter("M-1", voltage="x"), meter("M-1", voltage="y"), meter("M-2", voltage="x")]
+    api.post("/v1/ingest", json=[*wrong, {}])
+    clock.advance(hours=1)
+    late = meter("M-2", timestamp="2020-01-01T00:00:00Z")
+    api.post("/v1/ingest", json=[late] * 5 + [wrong[0]])
+    noon, one = "2026-02-10T12:00:00Z", "2026-02-10T13:00:00Z"
+    assert counts() == {
+        "total": 5,
+        "readings": 10,
+        "byCode": [
+            {"code": "too_late", "entries": 1, "readings": 5, "firstSeen": one, "lastSeen": one},
+            {"code": "wrong_type", "entries": 3, "readings": 4, "firstSeen": noon, "lastSeen": one},
+            {"code": "no_id", "entries": 1, "readings": 1, "firstSeen": noon, "lastSeen": noon},
+        ],
+        "byDevice": [
+            {"deviceId": "M-2", "entries": 2, "readings": 6, "codes": ["too_late", "wrong_type"],
+             "lastSeen": one},
+            {"deviceId": "M-1", "entries": 2, "readings": 3, "codes": ["wrong_type"],
+             "lastSeen": one},
+            {"deviceId": None, "entries": 1, "readings": 1, "codes": ["no_id"], "lastSeen": noon},
+        ],
+        "devicesOmitted": 0,
+    }  # fmt: skip
+    filtered = counts(code="wrong_type", deviceId="M-2")
+    assert (filtered["total"], filtered["readings"]) == (1, 1)
+    assert [count["code"] for count in filtered["byCode"]] == ["wrong_type"]
+    assert [count["deviceId"] for count in filtered["byDevice"]] == ["M-2"]
+
+    api.post("/v1/ingest", json=[meter(f"N-{number:03}", voltage="x") for number in range(120)])
+    many = counts()
+    assert (many["total"], len(many["byDevice"]), many["devicesOmitted"]) == (125, 100, 23)
+    assert [count["deviceId"] for count in many["byDevice"]][:4] == ["M-2", "M-1", "N-000", "N-001"]
+    assert counts(deviceId="N-119")["total"] == 1
+
+
+def test_a_page_holds_8_mib_of_payloads_and_says_where_to_go_on(api: httpx.Client) -> None:
+    def pages(limit: int) -> list[list[int]]:
+        found: list[list[int]] = []
+        cursor: dict[str, Any] = {}
+        while True:
+            page = api.get("/v1/quarantine", params={"limit": limit, **cursor}).json()
+            found.append([entry["payloadBytes"] for entry in page["items"]])
+            if page["nextCursor"] is None:
+                return found
+            cursor = {"cursor": page["nextCursor"]}
+
+    for first in (0, 150):
+        lines = [b"%04d" % number + b"x" * 65_600 for number in range(first, first + 150)]
+        answer = api.post("/v1/ingest", content=b"\n".join(lines), headers=LINES)
+        assert answer.json()["rejected"] == 150
+    api.post("/v1/ingest", content=b"short", headers=LINES)
+    # 128 payloads of 64 KiB are 8 MiB; the short one goes in beside them.
+    assert [len(page) for page in pages(1_000)] == [129, 128, 44]
+    assert [len(page) for page in pages(100)] == [100, 100, 100, 1]
+    assert [size for page in pages(1_000) for size in page] == [5] + [65_604] * 300
+    # A replay takes them in batches of such a size.
+    account = replay(api, code="not_json")
+    assert (account["received"], account["rejected"]) == (301, 301)
+    assert account["became"] == [
+        {"wasCode": "not_json", "outcome": "rejected", "code": "truncated", "entries": 300},
+        {"wasCode": "not_json", "outcome": "rejected", "code": "not_json", "entries": 1},
+    ]
+
+
+def test_after_a_restart_with_a_wider_late_window_all_is_accounted_for(
+    start_service: StartService,
+) -> None:
+    strict = start_service(late_window=timedelta(days=30))
+    late = [meter(f"M-{n}", timestamp="2025-12-01T00:00:00Z") for n in range(150)]
+    older = [meter(f"M-{n}", timestamp="2024-12-01T00:00:00Z") for n in range(120)]
+    strict.post("/v1/ingest", json=late + older + [meter("M-0", voltage="x")])
+    patient = start_service()
+    patient.post("/v1/ingest", json=[late[0], {**late[1], "voltage": 1}])
+    account = replay(patient, code="too_late")
+    assert account["became"] == [
+        {"wasCode": "too_late", "outcome": "stored", "code": None, "entries": 148},
+        {"wasCode": "too_late", "outcome": "rejected", "code": "too_late", "entries": 120},
+        {"wasCode": "too_late", "outcome": "conflicting", "code": "conflicting", "entries": 1},
+        {"wasCode": "too_late", "outcome": "duplicate", "code": None, "entries": 1},
+    ]
+    # More stay than are listed one by one.
+    assert (len(account["errors"]), account["errorsOmitted"]) == (100, 21)
+    assert {entry["code"] for entry in entries(patient, limit=1000)} == {"too_late", "wrong_type"}
+    assert len(entries(patient, limit=1000)) == 122
+
+
+def test_a_device_is_replayed_alone_or_with_a_code(start_service: StartService) -> None:
+    strict = start_service(late_window=timedelta(days=30))
+    for device_id in ("M-1", "M-2"):
+        late = [meter(device_id, timestamp=f"2025-12-0{day}T00:00:00Z") for day in (1, 2)]
+        strict.post("/v1/ingest", json=[*late, meter(device_id, voltage="x")])
+    patient = start_service()
+    account = replay(patient, deviceId="M-1", code="wrong_type")
+    assert (account["received"], account["rejected"]) == (1, 1)
+    account = replay(patient, deviceId="M-1")
+    assert (account["stored"], account["rejected"]) == (2, 1)
+    assert [entry["code"] for entry in entries(patient, deviceId="M-1")] == ["wrong_type"]
+    assert len(entries(patient, deviceId="M-2")) == 3
+    assert replay(patient, deviceId="M-2", code="too_late")["stored"] == 2
+    assert replay(patient, deviceId="M-3")["received"] == 0
+
+
+def test_a_conflict_is_stored_once_the_wrong_reading_is_gone(api: httpx.Client, db: Db) -> None:
+    api.post("/v1/ingest", json=meter(voltage=999))
+    api.post("/v1/ingest", json=meter(voltage=230))
+    db.execute("DELETE FROM meter_telemetry_history WHERE voltage = 999")
+    assert replay(api, code="conflicting")["became"] == [
+        {"wasCode": "conflicting", "outcome": "stored", "code": None, "entries": 1}
+    ]
+    assert entries(api) == []
+    assert db.execute("SELECT voltage FROM meter_telemetry_history").fetchall() == [(230,)]
+
+
 def test_what_was_too_late_is_stored_by_a_service_that_waits_longer(
     start_service: StartService, db: Db
 ) -> None:
@@ -176,6 +300,9 @@ def test_a_replay_that_asks_for_nothing_is_422(
         {"ids": [2**63]},
         {"ids": 1},
         {"code": "a\0"},
+        {"ids": [1], "deviceId": "M-1"},
+        {"deviceId": "a b"},
+        {"device_id": "M-1"},
         {"code": ""},
         {"id": [1]},
         [],

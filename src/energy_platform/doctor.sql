@@ -5,7 +5,8 @@ WITH wanted AS (
     columnstore_after => %(columnstore_after)s, raw_retention => %(raw_retention)s,
     hourly_retention => %(hourly_retention)s, refresh_start => %(refresh_start)s,
     refresh_end => %(refresh_end)s, refresh_every => %(refresh_every)s,
-    quarantine_retention => %(quarantine_retention)s)
+    quarantine_retention => %(quarantine_retention)s,
+    quarantine_bytes_max => %(quarantine_bytes_max)s)
 ), found AS (
   SELECT s.*, j.config - ARRAY['hypertable_id', 'mat_hypertable_id'] AS config
   FROM job_status s JOIN timescaledb_information.jobs j USING (job_id)

@@ -161,7 +161,8 @@ SELECT reconcile_policies(
   chunk => %(chunk)s, columnstore_after => %(columnstore_after)s, raw_retention => %(raw_retention)s,
   hourly_retention => %(hourly_retention)s, refresh_start => %(refresh_start)s,
   refresh_end => %(refresh_end)s, refresh_every => %(refresh_every)s,
-  quarantine_retention => %(quarantine_retention)s)
+  quarantine_retention => %(quarantine_retention)s,
+  quarantine_bytes_max => %(quarantine_bytes_max)s)
 
 -- name: fetch_probe
 -- Whether this version of TimescaleDB keeps its books as the answers rely on; no row: not probed.

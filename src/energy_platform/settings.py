@@ -136,6 +136,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     quarantine_retention: Annotated[
         timedelta, _meta(_SCHEMA, "how long quarantine is kept after it was last seen")
     ] = timedelta(days=30)
+    quarantine_bytes_max: Annotated[
+        int,
+        _meta(_SCHEMA, "bytes that quarantine may take; what was last seen longest ago goes", ge=1),
+    ] = 10 * 2**30
 
     # Clients of a running service
     url: Annotated[str, _meta("simulate", "base address of the service")] = "http://127.0.0.1:8080"
@@ -212,6 +216,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             refresh_end=self.refresh_end,
             refresh_every=self.refresh_every,
             quarantine_retention=self.quarantine_retention,
+            quarantine_bytes_max=self.quarantine_bytes_max,
         )
 
 
@@ -226,6 +231,7 @@ class Retention(NamedTuple):
     refresh_end: timedelta
     refresh_every: timedelta
     quarantine_retention: timedelta
+    quarantine_bytes_max: int
 
 
 def check_retention(settings: Settings) -> list[str]:
@@ -235,7 +241,7 @@ def check_retention(settings: Settings) -> list[str]:
     wrong = [
         f"{name} must be over 0"
         for name, span in {**retention._asdict(), "late_window": settings.late_window}.items()
-        if span <= timedelta(0)
+        if isinstance(span, timedelta) and span <= timedelta(0)
     ]
     if retention.chunk < hour or retention.chunk % hour:
         wrong.append("chunk must be whole hours: an hour of the rollup may not span two chunks")

@@ -51,10 +51,12 @@ class Page(msgspec.Struct, Generic[T], rename="camel"):
 
 def page_of(items: list[T], limit: int, key: str) -> Page[T]:
     """A page from up to limit + 1 rows: the one too many only says that there are more."""
-    more = len(items) > limit
-    items = items[:limit]
-    cursor = _encode_cursor(str(getattr(items[-1], key))) if more else None
-    return Page(items, cursor)
+    return make_page(items[:limit], key, more=len(items) > limit)
+
+
+def make_page(items: list[T], key: str, *, more: bool) -> Page[T]:
+    """A page of these rows, after which there are more, or none."""
+    return Page(items, _encode_cursor(str(getattr(items[-1], key))) if more else None)
 
 
 def _encode_cursor(key: str) -> str:

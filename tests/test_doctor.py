@@ -257,6 +257,7 @@ def test_a_release_that_changed_only_sql_is_seen(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(cli.logs, "set_up_logs", lambda *_: None)  # it would outlive this test
     newest = schema._schema_folder()
     release = tmp_path / "release"
     for folder in ("migrations", "sql"):
@@ -710,9 +711,10 @@ def test_clocks_that_are_ahead_are_told_from_quarantine(
 ) -> None:
     clock.now = patient.now
 
-    def post(device_id: str, ahead: timedelta) -> None:
+    def post(device_id: str, ahead: timedelta, note: str = "") -> None:
         ts = (clock.now + ahead).isoformat()
         reading = {"meterId": device_id, "kwhConsumedAc": 1, "voltage": 230, "timestamp": ts}
+        reading |= {"note": note}
         assert api.post("/v1/ingest", json=reading).json()["code"] == "in_future"
 
     post("M-old", HOUR)
@@ -724,10 +726,12 @@ def test_clocks_that_are_ahead_are_told_from_quarantine(
         post("M-1", HOUR + minutes * MINUTE)
         clock.advance(minutes=1)
     post("M-2", 9 * HOUR)
+    post("M-3", HOUR, note="n" * 5_000)  # too long to be looked into
     (found,) = fleet(patient)
     assert found == (
-        "2 devices",
-        "refused as in_future within a day, ahead: M-2 by 9 h (1 reading), M-1 by 1 h (3 readings)",
+        "3 devices",
+        "refused as in_future within a day, ahead: M-2 by 9 h (1 reading), M-1 by 1 h (3 readings),"
+        " M-3 (1 reading)",
         "fault",
     )
 

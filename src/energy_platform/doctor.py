@@ -436,7 +436,7 @@ def _check_fleet(
     if ahead:
         ahead.sort(key=lambda device: (-device[0], device[1]))
         named = [
-            f"{device_id} by {_span(skew)} ({_count(readings, 'reading')})"
+            f"{device_id}{f' by {_span(skew)}' if skew else ''} ({_count(readings, 'reading')})"
             for skew, device_id, readings in ahead
         ]
         yield Finding(

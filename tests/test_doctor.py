@@ -14,7 +14,7 @@ import httpx
 import psycopg
 import pytest
 
-from energy_platform import cli, doctor, schema
+from energy_platform import cli, doctor, logs, schema
 from energy_platform.errors import SetupError
 from energy_platform.settings import Settings
 
@@ -257,7 +257,7 @@ def test_a_release_that_changed_only_sql_is_seen(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli.logs, "set_up_logs", lambda *_: None)  # it would outlive this test
+    monkeypatch.setattr(logs, "set_up_logs", lambda *_: None)  # it would outlive this test
     newest = schema._schema_folder()
     release = tmp_path / "release"
     for folder in ("migrations", "sql"):

@@ -517,7 +517,7 @@ def test_schedules_and_chunks_that_differ_are_named(patient: Patient) -> None:
     patient.db.execute("SELECT alter_job(%s, schedule_interval => INTERVAL '5 min')", (number,))
     patient.db.execute("SELECT set_chunk_time_interval('meter_telemetry_history', INTERVAL '7 d')")
     assert {finding.subject: finding.problem for finding in patient.examine()} == {
-        title: "runs every 5 min, by the settings 15 min",
+        title: "runs every 5 min, by the settings 1 h",
         "meter_telemetry_history": "chunks are 7 d wide, by the settings 1 d",
     }
     schema.migrate(patient.dsn, DEFAULTS)
@@ -593,7 +593,7 @@ def test_retention_that_is_held_says_why(patient: Patient) -> None:
     )
     found = [finding for finding in patient.examine() if finding.part == "Jobs"]
     assert [finding.problem for finding in found] == [
-        "held back: 7 raw readings that would be dropped are not rolled up"
+        "held back: 7 hours of devices that would be dropped are not rolled up"
     ]
     patient.mend(found[0])
     assert patient.examine() == []

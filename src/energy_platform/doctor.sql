@@ -43,8 +43,8 @@ LEFT JOIN (
 GROUP BY class ORDER BY class
 
 -- name: fetch_unrolled
--- How many raw readings that retention would drop are not rolled up.
-SELECT coalesce(sum(unrolled_readings(
+-- How many hours of devices that retention would drop are not, or not rightly, rolled up.
+SELECT coalesce(sum(unrolled_hours(
          split_part(j.hypertable_name::text, '_', 1),
          %(now)s - (j.config ->> 'drop_after')::interval)), 0)::bigint
 FROM timescaledb_information.jobs j

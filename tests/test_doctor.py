@@ -593,7 +593,7 @@ def test_retention_that_is_held_says_why(patient: Patient) -> None:
     )
     found = [finding for finding in patient.examine() if finding.part == "Jobs"]
     assert [finding.problem for finding in found] == [
-        "held back: 7 hours of devices that would be dropped are not rolled up"
+        "held back: what would be dropped is not rolled up (1 device hours)"
     ]
     patient.mend(found[0])
     assert patient.examine() == []

@@ -212,6 +212,7 @@ def test_raw_rows_are_dropped_and_answers_stay(
     assert run(db, now + HOUR) == [
         *[f"{REFRESH} {name}" for name in ROLLUPS],
         "hold_retention",
+        "sweep_expired",
     ]
     check(world, now)
     # A late row of the compressed past is refreshed, and its rollup is kept with the next.

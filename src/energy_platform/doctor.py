@@ -360,7 +360,7 @@ def _check_jobs(
     if held and not has_stale:
         row = connection.execute(_SQL["fetch_unrolled"], {"now": now}).fetchone()
         assert row is not None
-        reason = f"{row[0]} hours of devices that would be dropped are not rolled up"
+        reason = f"what would be dropped is not rolled up ({row[0]} device hours)"
         if not row[0]:
             reason = "hold_retention has not let go of them yet"
         yield Finding("Jobs", ", ".join(held), f"held back: {reason}", ALL_JOBS)

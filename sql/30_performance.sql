@@ -23,11 +23,7 @@ DECLARE
   ac_promised float8 := 0;
   ac_readings bigint := 0;
 BEGIN
-  IF (window_since < window_until AND isfinite(window_since) AND isfinite(window_until))
-     IS NOT TRUE THEN
-    RAISE EXCEPTION 'since must be before until, and both must be instants'
-      USING ERRCODE = 'invalid_parameter_value';
-  END IF;
+  PERFORM public.check_window(window_since, window_until);
   SELECT v.energy_kind, extract(epoch FROM v.reporting_interval)::float8 AS interval_seconds
   INTO device
   FROM public.vehicle v WHERE v.vehicle_id = the_vehicle;
@@ -71,20 +67,45 @@ BEGIN
   answer.average_battery_temp := temp_sum / nullif(answer.dc_readings, 0);
   answer.efficiency_ratio :=
     public.float_ratio(answer.metered_kwh_delivered_dc, answer.total_kwh_consumed_ac);
-  answer.dc_coverage := least(1, answer.dc_readings * device.interval_seconds
-    / extract(epoch FROM window_until - window_since)::float8);
-  answer.ac_coverage := CASE
-    WHEN ac_promised > 0 THEN least(1, ac_readings / ac_promised) ELSE 0 END;
-  answer.verdict := CASE
-    WHEN answer.total_kwh_consumed_ac IS NULL THEN 'no_meter'
-    WHEN least(answer.ac_coverage, answer.dc_coverage) < 0.9 THEN 'insufficient_data'
-    WHEN answer.efficiency_ratio > 1 THEN 'above_one'
-    WHEN answer.efficiency_ratio IS NULL
-         AND answer.metered_kwh_delivered_dc > answer.total_kwh_consumed_ac THEN 'above_one'
-    WHEN answer.efficiency_ratio < 0.85 THEN 'below_threshold'
-    ELSE 'ok' END;
+  answer.dc_coverage := public.reading_coverage(answer.dc_readings * device.interval_seconds,
+    extract(epoch FROM window_until - window_since)::float8);
+  answer.ac_coverage := public.reading_coverage(ac_readings, ac_promised);
+  answer.verdict := public.performance_verdict(
+    answer.total_kwh_consumed_ac, answer.metered_kwh_delivered_dc, answer.efficiency_ratio,
+    answer.ac_coverage, answer.dc_coverage);
   RETURN NEXT answer;
 END $$;
+
+-- What the answers for one vehicle and for the fleet share.
+
+CREATE OR REPLACE FUNCTION check_window(since timestamptz, until timestamptz) RETURNS void
+LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+  IF (since < until AND isfinite(since) AND isfinite(until)) IS NOT TRUE THEN
+    RAISE EXCEPTION 'since must be before until, and both must be instants'
+      USING ERRCODE = 'invalid_parameter_value';
+  END IF;
+END $$;
+
+-- What was reported of what was promised, at most 1; 0 where nothing was.
+CREATE OR REPLACE FUNCTION reading_coverage(reported float8, promised float8) RETURNS float8
+LANGUAGE sql IMMUTABLE AS $$
+  SELECT CASE WHEN promised > 0 THEN least(1, reported / promised) ELSE 0 END
+$$;
+
+-- The first that applies.
+CREATE OR REPLACE FUNCTION performance_verdict(
+  ac_kwh float8, metered_dc_kwh float8, ratio float8, ac_coverage float8, dc_coverage float8)
+RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+  SELECT CASE
+    WHEN ac_kwh IS NULL THEN 'no_meter'
+    WHEN least(ac_coverage, dc_coverage) < 0.9 THEN 'insufficient_data'
+    WHEN ratio > 1 THEN 'above_one'
+    WHEN ratio IS NULL AND metered_dc_kwh > ac_kwh THEN 'above_one'
+    WHEN ratio < 0.85 THEN 'below_threshold'
+    ELSE 'ok' END
+$$;
 
 -- A quotient of two figures that are not negative; NULL where there is none, or none that a float8
 -- can hold, and 0 below the smallest. PostgreSQL would raise an error for the last two.

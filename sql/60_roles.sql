@@ -45,7 +45,8 @@ GRANT SELECT ON
 TO energy_reader;
 GRANT EXECUTE ON FUNCTION
   vehicle_performance_v1(text, timestamptz, timestamptz),
-  vehicle_performance_series_v1(text, timestamptz, timestamptz, interval, text)
+  vehicle_performance_series_v1(text, timestamptz, timestamptz, interval, text),
+  fleet_performance_v1(timestamptz, timestamptz)
 TO energy_reader;
 -- Real-time aggregates and the energy views evaluate these with the rights of the one who asks.
 GRANT EXECUTE ON FUNCTION

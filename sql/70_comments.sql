@@ -66,7 +66,7 @@ COMMENT ON TABLE suspect_reading IS
 COMMENT ON TYPE judged_reading IS 'A reading of either class, as it is judged. Internal.';
 COMMENT ON TYPE piece_measures IS 'What one device measured in a piece of time. Internal.';
 COMMENT ON TYPE vehicle_performance IS
-  'The row of vehicle_performance_v1(): the answer''s names in snake_case.';
+  'The row of vehicle_performance_v1() and fleet_performance_v1(): the answer''s names in snake_case.';
 
 DO $$
 DECLARE
@@ -198,6 +198,25 @@ END $$;
 
 COMMENT ON FUNCTION float_ratio(float8, float8) IS
   'A quotient of two figures that are not negative; NULL where a float8 cannot hold it.';
+COMMENT ON FUNCTION check_window(timestamptz, timestamptz) IS
+  'Raises invalid_parameter_value unless since is before until and both are instants.';
+COMMENT ON FUNCTION reading_coverage(float8, float8) IS
+  'Readings over what reporting intervals promise, at most 1; 0 where nothing was promised.';
+COMMENT ON FUNCTION performance_verdict(float8, float8, float8, float8, float8) IS
+  'The verdict on AC, metered DC (kWh), their ratio and both coverages: the first that applies.';
+COMMENT ON FUNCTION fleet_performance_v1(timestamptz, timestamptz) IS
+  'The row of vehicle_performance_v1() for every known vehicle, in no order: the same figures, for the whole fleet at once. SQLSTATE ENR01 where an edge cuts an hour of any of them whose raw rows are gone.';
+COMMENT ON FUNCTION fleet_measures(
+  text, text[], text[], timestamptz[], timestamptz[], timestamptz, timestamptz) IS
+  'device_measures() for many pieces at once: a row for each that has readings, by its number in the arrays.';
+COMMENT ON FUNCTION fleet_parts(
+  text, text[], boolean[], timestamptz[], timestamptz[], tstzmultirange, tstzmultirange) IS
+  'What pieces of devices measured, rolled-up and raw parts apart.';
+COMMENT ON FUNCTION fleet_before(text, text, timestamptz, tstzmultirange) IS
+  'register_before(), where the hour before is known to hold nothing: from the rollup if it can be told.';
+COMMENT ON FUNCTION pieces_within(
+  text[], boolean[], timestamptz[], timestamptz[], timestamptz, timestamptz, boolean) IS
+  'Pieces of devices as far as they lie in a stretch of time, and which whole hours of each are read from the rollup.';
 COMMENT ON FUNCTION vehicle_performance_series_v1(
   text, timestamptz, timestamptz, interval, text) IS
   'vehicle_performance_v1() for each hour or day of the window, by the clocks of a time zone.';

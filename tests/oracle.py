@@ -317,6 +317,27 @@ class World(Story):
         assert answer is not None
         return answer
 
+    def fetch_fleet(self, since: datetime, until: datetime) -> dict[str, dict[str, Any]]:
+        with self.db.cursor(row_factory=dict_row) as cursor:
+            cursor.execute("SELECT * FROM fleet_performance_v1(%s, %s)", (since, until))
+            rows = cursor.fetchall()
+        fleet = {row["vehicle_id"]: row for row in rows}
+        assert len(rows) == len(fleet)
+        return fleet
+
+    def check_fleet(self, since: datetime, until: datetime) -> dict[str, dict[str, Any]]:
+        """Hold every vehicle's row of the fleet against the oracle and the answer for it alone."""
+        fleet = self.fetch_fleet(since, until)
+        assert set(fleet) == set(self.vehicles)
+        for vehicle_id, row in fleet.items():
+            for expected in (
+                self.performance(vehicle_id, since, until),
+                self.fetch(vehicle_id, since, until),
+            ):
+                difference = differ(row, expected)
+                assert not difference, f"{vehicle_id} {since} .. {until}: {'; '.join(difference)}"
+        return fleet
+
 
 def _first_of_each(readings: Iterable[Reading], known: dict[datetime, Reading]) -> list[Reading]:
     new = []

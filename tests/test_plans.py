@@ -374,3 +374,65 @@ def test_no_answer_reads_more_raw_rows_than_head_tail_and_dirty_hours_hold(
     )
     with pytest.raises(AssertionError, match="kept since"):
         check_reads(past, "interval", *day)
+
+
+def test_the_fleet_reads_its_edges_raw_and_the_rest_rolled_up(
+    db: psycopg.Connection[Any], world: World
+) -> None:
+    today = BEGIN + (DAYS - 1) * DAY
+    rollups = {
+        f"{name}_telemetry_history": materialization(db, f"{name}_hourly")
+        for name in ("meter", "vehicle")
+    }
+    devices = 2  # of each class, one of them a register
+
+    def read_fleet(since: datetime, until: datetime) -> Read:
+        world.check_fleet(since, until)
+        db.execute("SET enable_seqscan = off")
+        read = Read(db, "SELECT * FROM fleet_performance_v1(%s, %s)", since, until)
+        assert read.scanned == set()
+        return read
+
+    # A day with cut hours. The register is looked for in the hour that the window begins in, and in
+    # the one before that.
+    until = today + 11 * HOUR + timedelta(minutes=35)
+    read = read_fleet(until - DAY, until)
+    for history, rollup in rollups.items():
+        assert read.of(history) == {"02-11": 5 + PER_HOUR, "02-12": devices * 7}
+        assert {name for name in read.opened if name.startswith(history)} == {
+            f"{history} 02-11", f"{history} 02-12",
+        }  # fmt: skip
+        hours = devices * 23 + 1
+        assert hours <= sum(read.of(rollup).values()) <= 2 * (hours + 3 * devices)
+
+    # Whole hours: no raw row, however long the window is.
+    for since in (BEGIN + HOUR, today - DAY):
+        read = read_fleet(since, today + 11 * HOUR)
+        hours = devices * int((today + 11 * HOUR - since) / HOUR) + 1
+        for history, rollup in rollups.items():
+            assert read.of(history) == {}
+            assert hours <= sum(read.of(rollup).values()) <= 2 * (hours + 3 * devices)
+
+    # An assignment that ends inside an hour costs this hour of its two devices.
+    db.execute(
+        "UPDATE charging_assignment SET during = tstzrange(lower(during), %s)"
+        " WHERE meter_id = 'm-interval'",
+        (today - timedelta(minutes=40),),
+    )
+    world.assignments[0] = world.assignments[0]._replace(until=today - timedelta(minutes=40))
+    read = read_fleet(today - DAY, today)
+    assert read.of("meter_telemetry_history") == {"02-11": 4}
+    assert read.of("vehicle_telemetry_history") == {"02-11": PER_HOUR}
+
+    # A late row costs its hour for every device of its class, and no more.
+    world.read_meter("m-interval", [Reading(BEGIN + 5 * DAY + timedelta(minutes=91), 3.0)])
+    read = read_fleet(BEGIN, today - DAY)
+    assert read.of("meter_telemetry_history") == {"02-06": devices * PER_HOUR + 1}
+    assert read.of("vehicle_telemetry_history") == {}
+
+    # A register that has been silent for days is found in the rollup.
+    world.assign(world.add_meter("m-new", "register"), world.add_vehicle("v-new"), BEGIN)
+    world.read_meter("m-new", [Reading(BEGIN, 1.0), Reading(today + 5 * HOUR, 10.0)])
+    world.refresh(None, today + 11 * HOUR)
+    read = read_fleet(today + 3 * HOUR, today + 8 * HOUR)
+    assert read.of("meter_telemetry_history") == {}

@@ -60,6 +60,7 @@ def test_the_reader_reads_what_is_documented_and_nothing_else(db: psycopg.Connec
     assert executable("energy_reader") == ARITHMETIC | {
         "vehicle_performance_v1",
         "vehicle_performance_series_v1",
+        "fleet_performance_v1",
     }
 
     histories = {"meter_telemetry_history", "vehicle_telemetry_history"}

@@ -1,5 +1,7 @@
 """The answers. What they mean is written in SQL; here they are fetched."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -7,7 +9,7 @@ from typing import Any, Final, Literal
 import msgspec
 import psycopg
 from psycopg import AsyncConnection
-from psycopg.rows import class_row
+from psycopg.rows import class_row, dict_row
 
 from energy_platform import database
 from energy_platform.errors import MalformedError, NotFoundError, UnprocessableError
@@ -16,6 +18,8 @@ _SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
 
 Bucket = Literal["PT1H", "P1D"]
 _BUCKETS: Final[dict[Bucket, timedelta]] = {"PT1H": timedelta(hours=1), "P1D": timedelta(days=1)}
+
+Verdict = Literal["ok", "below_threshold", "above_one", "insufficient_data", "no_meter"]
 
 RAW_EXPIRED_STATE = "ENR01"  # raised by check_edge() in sql/20_measures.sql
 
@@ -35,7 +39,7 @@ class Performance(msgspec.Struct, rename="camel"):
     dc_readings: int
     ac_coverage: float
     dc_coverage: float
-    verdict: str
+    verdict: Verdict
     suspect_readings: int
 
 
@@ -48,6 +52,39 @@ class Series(msgspec.Struct, rename="camel"):
     bucket: Bucket
     time_zone: str
     buckets: list[Performance]
+
+
+class FleetTotals(msgspec.Struct, rename="camel"):
+    """Sums over all vehicles; the ratio is that of the sums. Unit: kWh."""
+
+    total_kwh_consumed_ac: float | None
+    total_kwh_delivered_dc: float
+    metered_kwh_delivered_dc: float
+    efficiency_ratio: float | None
+    ac_readings: int
+    dc_readings: int
+
+
+class VerdictCounts(msgspec.Struct):
+    """How many vehicles have which verdict."""
+
+    ok: int = 0
+    below_threshold: int = 0
+    above_one: int = 0
+    insufficient_data: int = 0
+    no_meter: int = 0
+
+
+class Fleet(msgspec.Struct, rename="camel"):
+    """A page of vehicles, worst ratio first; totals and counts are those of the whole fleet."""
+
+    since: datetime
+    until: datetime
+    vehicles: int
+    totals: FleetTotals
+    verdicts: VerdictCounts
+    items: list[Performance]
+    next_cursor: str | None = None
 
 
 async def fetch_performance(
@@ -91,6 +128,54 @@ async def fetch_series(
     return Series(vehicle_id, since, until, bucket, time_zone, buckets)
 
 
+async def fetch_fleet(
+    pool: database.Pool,
+    since: datetime,
+    until: datetime,
+    verdict: Verdict | None,
+    after: tuple[float | None, str] | None,
+    limit: int,
+) -> Fleet:
+    """The performance of every known vehicle, exact and of one snapshot.
+
+    `after` is the ratio and the id of the vehicle that the page begins behind.
+
+    Raises: UnprocessableError `raw_expired` where an edge of any vehicle cuts an hour whose raw
+    readings are gone.
+    """
+    ratio, vehicle_id = after or (None, None)
+    parameters = {
+        "since": since,
+        "until": until,
+        "verdict": verdict,
+        "after_ratio": ratio,
+        "after_id": vehicle_id,
+        "limit": limit,
+    }
+
+    async def query(connection: AsyncConnection[Any]) -> list[dict[str, Any]]:
+        async with connection.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute(_SQL["fetch_fleet"], parameters)
+            return await cursor.fetchall()
+
+    with _raw_expired():
+        rows = await database.read(pool, query)
+    whole = rows[0]  # there is always one; without a vehicle in it where the page is empty
+    totals = {name: whole[f"fleet_{name}"] for name in FleetTotals.__struct_fields__}
+    return Fleet(
+        since,
+        until,
+        whole["vehicles"],
+        FleetTotals(**totals),
+        VerdictCounts(**whole["verdicts"]),
+        [
+            Performance(**{name: row[name] for name in Performance.__struct_fields__})
+            for row in rows
+            if row["vehicle_id"] is not None
+        ],
+    )
+
+
 async def _fetch(
     pool: database.Pool, query_name: str, parameters: dict[str, Any]
 ) -> list[Performance]:
@@ -101,8 +186,20 @@ async def _fetch(
             await cursor.execute(_SQL[query_name], parameters)
             return await cursor.fetchall()
 
-    try:
+    with _raw_expired():
         rows = await database.read(pool, query)
+    if not rows:
+        raise NotFoundError(
+            f"No vehicle {parameters['vehicle_id']!r} was ever declared, assigned or heard.",
+            code="unknown_vehicle",
+        )
+    return rows
+
+
+@contextmanager
+def _raw_expired() -> Iterator[None]:
+    try:
+        yield
     except psycopg.DatabaseError as error:
         if error.sqlstate != RAW_EXPIRED_STATE:
             raise
@@ -113,9 +210,3 @@ async def _fetch(
             hint=error.diag.message_hint,
             oldest=oldest,
         ) from error
-    if not rows:
-        raise NotFoundError(
-            f"No vehicle {parameters['vehicle_id']!r} was ever declared, assigned or heard.",
-            code="unknown_vehicle",
-        )
-    return rows

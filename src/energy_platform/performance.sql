@@ -6,3 +6,37 @@ SELECT * FROM vehicle_performance_v1(%(vehicle_id)s, %(since)s, %(until)s)
 -- A row a bucket, in order; none where the vehicle was never heard of.
 SELECT * FROM vehicle_performance_series_v1(
   %(vehicle_id)s, %(since)s, %(until)s, %(bucket)s, %(time_zone)s)
+
+-- name: fetch_fleet
+-- A page of vehicles, each beside the figures of the whole fleet; these alone where the page is
+-- empty. The same sums come out a last digit apart once an hour is rolled up, so the order is that of
+-- ratios rounded to what the answers promise: a page then begins where the one before it ended.
+WITH fleet AS MATERIALIZED (
+  SELECT *, efficiency_ratio IS NULL AS is_last,
+         coalesce(round(efficiency_ratio::numeric, 9), 0) AS rank
+  FROM fleet_performance_v1(%(since)s, %(until)s)
+), totals AS (
+  SELECT count(*) AS vehicles,
+         sum(total_kwh_consumed_ac) AS fleet_total_kwh_consumed_ac,
+         coalesce(sum(total_kwh_delivered_dc), 0) AS fleet_total_kwh_delivered_dc,
+         coalesce(sum(metered_kwh_delivered_dc), 0) AS fleet_metered_kwh_delivered_dc,
+         float_ratio(sum(metered_kwh_delivered_dc), sum(total_kwh_consumed_ac))
+           AS fleet_efficiency_ratio,
+         coalesce(sum(ac_readings), 0)::bigint AS fleet_ac_readings,
+         coalesce(sum(dc_readings), 0)::bigint AS fleet_dc_readings
+  FROM fleet
+), counts AS (
+  SELECT coalesce(jsonb_object_agg(verdict, vehicles), '{}') AS verdicts
+  FROM (SELECT verdict, count(*) AS vehicles FROM fleet GROUP BY verdict) v
+), page AS (
+  SELECT * FROM fleet
+  WHERE (%(verdict)s::text IS NULL OR verdict = %(verdict)s)
+    AND (%(after_id)s::text IS NULL
+         OR (is_last, rank, vehicle_id COLLATE "C")
+            > (%(after_ratio)s::float8 IS NULL,
+               coalesce(round(%(after_ratio)s::float8::numeric, 9), 0), %(after_id)s::text))
+  ORDER BY is_last, rank, vehicle_id COLLATE "C"
+  LIMIT %(limit)s
+)
+SELECT * FROM totals CROSS JOIN counts LEFT JOIN page ON true
+ORDER BY is_last, rank, vehicle_id COLLATE "C"

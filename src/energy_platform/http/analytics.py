@@ -15,10 +15,13 @@ from energy_platform.http.parameters import (
     TimeZone,
     Until,
     VehicleId,
+    Verdicts,
     decode_cursor,
+    decode_fleet_window,
     decode_path_id,
     decode_time_zone,
     decode_window,
+    fleet_page_of,
     page_of,
 )
 from energy_platform.http.service import Service
@@ -47,6 +50,20 @@ async def get_series(
     return await performance.fetch_series(
         service.read_pool, device_id, since, end, bucket, decode_time_zone(time_zone)
     )
+
+
+@get("/analytics/fleet", summary="The same for every vehicle, worst ratio first, with totals")
+async def get_fleet(
+    service: NamedDependency[Service],
+    until: Until = None,
+    hours: Hours = 24,
+    verdict: Verdicts = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> performance.Fleet:
+    since, end, after = decode_fleet_window(until, hours, cursor, service.clock())
+    page = await performance.fetch_fleet(service.read_pool, since, end, verdict, after, limit + 1)
+    return fleet_page_of(page, limit)
 
 
 @get("/live/vehicles", summary="The newest reading of each vehicle")
@@ -88,6 +105,7 @@ router = Router(
     route_handlers=[
         get_performance,
         get_series,
+        get_fleet,
         list_live_vehicles,
         list_live_meters,
         get_live_vehicle,

@@ -12,8 +12,8 @@ from litestar import Request
 from litestar.params import PathParameter, QueryParameter
 
 from energy_platform.errors import MalformedError, UnprocessableError, UnsupportedMediaError
-from energy_platform.performance import Bucket
-from energy_platform.readings import DEVICE_ID_PATTERN, Instant
+from energy_platform.performance import Bucket, Fleet, Verdict
+from energy_platform.readings import DEVICE_ID_PATTERN, DeviceId, Instant
 
 T = TypeVar("T")
 
@@ -37,8 +37,20 @@ TimeZone = Annotated[
     ),
 ]
 Limit = Annotated[int, QueryParameter(ge=1, le=PAGE_MAX, description="rows in a page")]
+Verdicts = Annotated[Verdict | None, QueryParameter(description="only vehicles of this verdict")]
 Cursor = Annotated[str | None, QueryParameter(description="nextCursor of the page before")]
 
+
+class FleetPlace(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """What the cursor of a fleet's page holds: its window, and the vehicle that it ended with."""
+
+    since: Instant
+    until: Instant
+    ratio: float | None
+    vehicle_id: DeviceId
+
+
+_fleet_place_decoder = msgspec.json.Decoder(FleetPlace)
 _instant_decoder = msgspec.json.Decoder(Instant)
 
 
@@ -94,6 +106,34 @@ def decode_instant_cursor(cursor: str | None) -> datetime | None:
         return instant.astimezone(UTC) if instant.tzinfo else None
     except (ValueError, OverflowError):
         raise _bad("cursor", "use nextCursor of the page before, as it is") from None
+
+
+def fleet_page_of(fleet: Fleet, limit: int) -> Fleet:
+    """The same with at most `limit` of its items, and a cursor if it has more."""
+    if len(fleet.items) > limit:
+        del fleet.items[limit:]
+        last = fleet.items[-1]
+        place = FleetPlace(fleet.since, fleet.until, last.efficiency_ratio, last.vehicle_id)
+        fleet.next_cursor = _encode_cursor(msgspec.json.encode(place).decode())
+    return fleet
+
+
+def decode_fleet_window(
+    until: str | None, hours: int, cursor: str | None, now: datetime
+) -> tuple[datetime, datetime, tuple[float | None, str] | None]:
+    """The window, and the ratio and vehicle that the page begins behind: a page has the window of
+    the one before it, also where that ended at its `now`. Raises: MalformedError."""
+    key = decode_cursor(cursor)
+    if key is None:
+        return *decode_window(until, hours, now), None
+    try:
+        place = _fleet_place_decoder.decode(key)
+    except msgspec.DecodeError:
+        raise _bad("cursor", "use nextCursor of the page before, as it is") from None
+    since, end = decode_window(until, hours, place.until)
+    if (since, end) != (place.since, place.until):
+        raise _bad("cursor", f"is of {place.since} to {place.until}; keep until and hours")
+    return since, end, (place.ratio, place.vehicle_id)
 
 
 def decode_window(until: str | None, hours: int, now: datetime) -> tuple[datetime, datetime]:

@@ -41,12 +41,14 @@ GRANT SELECT ON
   meter_telemetry_history, vehicle_telemetry_history, meter_live_status, vehicle_live_status,
   meter_hourly, vehicle_hourly, meter_daily, vehicle_daily,
   meter_energy_hourly_v1, vehicle_energy_hourly_v1, meter_energy_daily_v1, vehicle_energy_daily_v1,
-  correction, corrected_meter_reading, corrected_vehicle_reading, suspect_reading, plausibility_limit
+  charging_session_v1, correction, corrected_meter_reading, corrected_vehicle_reading, suspect_reading,
+  plausibility_limit
 TO energy_reader;
 GRANT EXECUTE ON FUNCTION
   vehicle_performance_v1(text, timestamptz, timestamptz),
   vehicle_performance_series_v1(text, timestamptz, timestamptz, interval, text),
-  fleet_performance_v1(timestamptz, timestamptz)
+  fleet_performance_v1(timestamptz, timestamptz),
+  charging_session_v1(text, timestamptz, timestamptz)
 TO energy_reader;
 -- Real-time aggregates and the energy views evaluate these with the rights of the one who asks.
 GRANT EXECUTE ON FUNCTION

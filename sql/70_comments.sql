@@ -49,6 +49,8 @@ COMMENT ON VIEW meter_energy_daily_v1 IS
   'A meter''s energy by UTC day, right for both kinds of device: the steps between days are in it.';
 COMMENT ON VIEW vehicle_energy_daily_v1 IS
   'A vehicle''s energy and temperature by UTC day, right for both kinds of device.';
+COMMENT ON VIEW charging_session_v1 IS
+  'Charging sessions of all vehicles that ended in the last 31 days. Name a vehicle in WHERE: each costs a call of the function.';
 COMMENT ON VIEW job_status IS
   'Policies and jobs with their last run, whether TimescaleDB''s workers ran it or the service did.';
 
@@ -65,6 +67,7 @@ COMMENT ON TABLE suspect_reading IS
 
 COMMENT ON TYPE judged_reading IS 'A reading of either class, as it is judged. Internal.';
 COMMENT ON TYPE piece_measures IS 'What one device measured in a piece of time. Internal.';
+COMMENT ON TYPE charging_session IS 'The row of charging_session_v1().';
 COMMENT ON TYPE vehicle_performance IS
   'The row of vehicle_performance_v1() and fleet_performance_v1(): the answer''s names in snake_case.';
 
@@ -180,6 +183,12 @@ BEGIN
       ('judged_reading', 'temp', 'Battery temperature, degrees Celsius; NULL for a meter.'),
       (NULL, 'verdict', 'The first that applies: no_meter, insufficient_data (a coverage under 0.9), above_one, below_threshold (ratio under 0.85), ok.'),
       ('schema_fingerprint', 'name', 'Name of the object; of a part, behind that of its table.'),
+      (NULL, 'ended_at', 'The last reading with energy.'),
+      (NULL, 'soc_start', 'State of charge at started_at, percent: of the reading at that instant, else of the first in the session.'),
+      (NULL, 'soc_end', 'State of charge at ended_at, percent.'),
+      (NULL, 'is_open', 'The session may go on: its assignment does, and neither readings nor silence say that it has ended.'),
+      ('charging_session', 'started_at', 'The reading before the first with energy; that one itself, where the one before is too long ago.'),
+      ('charging_session_v1', 'started_at', 'The reading before the first with energy; that one itself, where the one before is too long ago.'),
       ('meter_live_status', 'ts', 'When the meter read last, by its own clock.'),
       ('vehicle_live_status', 'ts', 'When the vehicle read last, by its own clock.')
     )
@@ -217,6 +226,12 @@ COMMENT ON FUNCTION fleet_before(text, text, timestamptz, tstzmultirange) IS
 COMMENT ON FUNCTION pieces_within(
   text[], boolean[], timestamptz[], timestamptz[], timestamptz, timestamptz, boolean) IS
   'Pieces of devices as far as they lie in a stretch of time, and which whole hours of each are read from the rollup.';
+COMMENT ON FUNCTION charging_session_v1(text, timestamptz, timestamptz) IS
+  'The charging sessions of a vehicle that end in since <= ended_at < until, each whole, with the figures of vehicle_performance_v1(). SQLSTATE ENR01 where the raw readings that they are found in are gone.';
+COMMENT ON FUNCTION piece_sessions(text, text, interval, timestamptz, timestamptz) IS
+  'When a vehicle charged in a piece of time with one meter, or with none.';
+COMMENT ON FUNCTION sessions_seen_since(text, text, interval, timestamptz, timestamptz) IS
+  'From where on readings have to be looked at to see a session that runs at an instant from its beginning.';
 COMMENT ON FUNCTION vehicle_performance_series_v1(
   text, timestamptz, timestamptz, interval, text) IS
   'vehicle_performance_v1() for each hour or day of the window, by the clocks of a time zone.';

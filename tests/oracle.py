@@ -112,6 +112,97 @@ class Story:
             "suspect_readings": suspect,
         }
 
+    def sessions(self, vehicle_id: str, since: datetime, until: datetime) -> list[dict[str, Any]]:
+        """The rows that charging_session_v1() must give: built up reading by reading."""
+        vehicle = self.vehicles[vehicle_id]
+        pause = timedelta(seconds=max(600.0, 3 * vehicle.interval_seconds))
+        driven = _steps(self.vehicle_readings.get(vehicle_id, {}), vehicle.kind)
+        found: list[dict[str, Any]] = []
+        before: Reading | None = None
+        for reading, kwh in driven:
+            if kwh > 0:
+                meter, begin, end = self._hangs_on(vehicle_id, reading.ts)
+                heard = before is not None and reading.ts - before.ts <= pause
+                started_at = max(before.ts, begin) if before and heard else reading.ts
+                session = found[-1] if found else None
+                if (
+                    session is None
+                    or session["piece"] != (meter, begin, end)
+                    or started_at - session["ended_at"] > pause
+                ):
+                    at_begin = before if before and started_at == before.ts else reading
+                    session = {
+                        "piece": (meter, begin, end),
+                        "meter_id": meter,
+                        "started_at": started_at,
+                        "first_ts": reading.ts,
+                        "soc_start": at_begin.soc,
+                    }
+                    found.append(session)
+                session |= {"ended_at": reading.ts, "soc_end": reading.soc}
+            before = reading
+        rows = []
+        for session in found:
+            if since <= session["ended_at"] < until:
+                rows.append(self._session_row(vehicle_id, session, driven, until, pause))
+        return rows
+
+    def _session_row(
+        self,
+        vehicle_id: str,
+        session: dict[str, Any],
+        driven: "list[tuple[Reading, Fraction]]",
+        until: datetime,
+        pause: timedelta,
+    ) -> dict[str, Any]:
+        meter, _, end = session["piece"]
+        started_at, ended_at = session["started_at"], session["ended_at"]
+
+        def within(ts: datetime) -> bool:
+            if started_at == session["first_ts"]:
+                return bool(started_at <= ts <= ended_at)
+            return bool(started_at < ts <= ended_at)
+
+        mine = [(reading, kwh) for reading, kwh in driven if within(reading.ts)]
+        celsius = [reading.celsius for reading, _ in mine]
+        dc = sum((kwh for _, kwh in mine), Fraction(0))
+        fed: list[Fraction] = []
+        if meter is not None:
+            steps = _steps(self.meter_readings.get(meter, {}), self.meters[meter].kind)
+            fed = [kwh for reading, kwh in steps if within(reading.ts)]
+        ac = sum(fed, Fraction(0)) if meter is not None else None
+        seen = [r.ts for r, _ in driven if ended_at <= r.ts < min(end, until + 2 * pause)]
+        return {
+            "vehicle_id": vehicle_id,
+            "meter_id": meter,
+            "started_at": started_at,
+            "ended_at": ended_at,
+            "total_kwh_consumed_ac": None if ac is None else float(ac),
+            "total_kwh_delivered_dc": float(dc),
+            "efficiency_ratio": float(dc / ac) if ac else None,
+            "average_battery_temp": math.fsum(celsius) / len(celsius),
+            "battery_temp_min": min(celsius),
+            "battery_temp_max": max(celsius),
+            "soc_start": session["soc_start"],
+            "soc_end": session["soc_end"],
+            "ac_readings": len(fed),
+            "dc_readings": len(mine),
+            "is_open": end > until and max(seen) - ended_at <= pause and until - max(seen) <= pause,
+        }
+
+    def _hangs_on(self, vehicle_id: str, ts: datetime) -> tuple[str | None, datetime, datetime]:
+        """The meter that feeds a vehicle at an instant, or None, and from when until when."""
+        begin, end = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+        for a in self.assignments:
+            if a.vehicle_id == vehicle_id:
+                if a.since <= ts and (a.until is None or ts < a.until):
+                    return a.meter_id, a.since, a.until or end
+                if a.until is not None and a.until <= ts:
+                    begin = max(begin, a.until)
+                if a.since > ts:
+                    end = min(end, a.since)
+        return None, begin, end
+
     def cut_hours(
         self, vehicle_id: str, since: datetime, until: datetime
     ) -> list[tuple[str, datetime]]:
@@ -337,6 +428,23 @@ class World(Story):
                 difference = differ(row, expected)
                 assert not difference, f"{vehicle_id} {since} .. {until}: {'; '.join(difference)}"
         return fleet
+
+    def check_sessions(
+        self, vehicle_id: str, since: datetime, until: datetime
+    ) -> list[dict[str, Any]]:
+        """Hold the sessions against the oracle; returns them."""
+        with self.db.cursor(row_factory=dict_row) as cursor:
+            cursor.execute(
+                "SELECT * FROM charging_session_v1(%s, %s, %s)", (vehicle_id, since, until)
+            )
+            found = cursor.fetchall()
+        wanted = self.sessions(vehicle_id, since, until)
+        told = f"{vehicle_id} {since} .. {until}"
+        assert [row["started_at"] for row in found] == [row["started_at"] for row in wanted], told
+        for row, expected in zip(found, wanted, strict=True):
+            difference = differ(row, expected)
+            assert not difference, f"{told} {row['started_at']}: {'; '.join(difference)}"
+        return found
 
 
 def _first_of_each(readings: Iterable[Reading], known: dict[datetime, Reading]) -> list[Reading]:

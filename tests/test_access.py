@@ -41,6 +41,7 @@ ROUTES: list[tuple[str, str, str | None, Any]] = [
     ("GET", "/v1/analytics/performance/V-1", "read", None),
     ("GET", "/v1/analytics/performance/V-1/series", "read", None),
     ("GET", "/v1/analytics/fleet", "read", None),
+    ("GET", "/v1/analytics/sessions/V-1", "read", None),
     ("GET", "/v1/live/meters", "read", None),
     ("GET", "/v1/live/vehicles", "read", None),
     ("GET", "/v1/live/meters/M-1", "read", None),

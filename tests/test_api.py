@@ -789,6 +789,7 @@ ROUTES = {
     "/v1/analytics/performance/{vehicleId}": {"get"},
     "/v1/analytics/performance/{vehicleId}/series": {"get"},
     "/v1/analytics/fleet": {"get"},
+    "/v1/analytics/sessions/{vehicleId}": {"get"},
     "/v1/live/vehicles": {"get"},
     "/v1/live/meters": {"get"},
     "/v1/live/vehicles/{vehicleId}": {"get"},

@@ -20,7 +20,7 @@ READABLE = {
     "vehicle_live_status", "meter_hourly", "vehicle_hourly", "meter_daily", "vehicle_daily",
     "meter_energy_hourly_v1", "vehicle_energy_hourly_v1", "meter_energy_daily_v1",
     "vehicle_energy_daily_v1", "correction", "corrected_meter_reading",
-    "corrected_vehicle_reading", "suspect_reading", "plausibility_limit",
+    "corrected_vehicle_reading", "suspect_reading", "plausibility_limit", "charging_session_v1",
 }  # fmt: skip
 
 # Pure arithmetic that a real-time aggregate evaluates with the rights of the one who asks.
@@ -61,6 +61,7 @@ def test_the_reader_reads_what_is_documented_and_nothing_else(db: psycopg.Connec
         "vehicle_performance_v1",
         "vehicle_performance_series_v1",
         "fleet_performance_v1",
+        "charging_session_v1",
     }
 
     histories = {"meter_telemetry_history", "vehicle_telemetry_history"}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import psycopg
@@ -20,6 +20,8 @@ Bucket = Literal["PT1H", "P1D"]
 _BUCKETS: Final[dict[Bucket, timedelta]] = {"PT1H": timedelta(hours=1), "P1D": timedelta(days=1)}
 
 Verdict = Literal["ok", "below_threshold", "above_one", "insufficient_data", "no_meter"]
+
+Row = TypeVar("Row")
 
 RAW_EXPIRED_STATE = "ENR01"  # raised by check_edge() in sql/20_measures.sql
 
@@ -87,6 +89,35 @@ class Fleet(msgspec.Struct, rename="camel"):
     next_cursor: str | None = None
 
 
+class ChargingSession(msgspec.Struct, rename="camel"):
+    """One time that a vehicle charged, at one meter or at none. Units: kWh, Celsius, %."""
+
+    vehicle_id: str
+    meter_id: str | None
+    started_at: datetime
+    ended_at: datetime
+    total_kwh_consumed_ac: float | None
+    total_kwh_delivered_dc: float
+    efficiency_ratio: float | None
+    average_battery_temp: float
+    battery_temp_min: float
+    battery_temp_max: float
+    soc_start: float
+    soc_end: float
+    ac_readings: int
+    dc_readings: int
+    is_open: bool
+
+
+class Sessions(msgspec.Struct, rename="camel"):
+    """The charging sessions of a vehicle that end in since <= ended_at < until, in order."""
+
+    vehicle_id: str
+    since: datetime
+    until: datetime
+    items: list[ChargingSession]
+
+
 async def fetch_performance(
     pool: database.Pool, vehicle_id: str, since: datetime, until: datetime
 ) -> Performance:
@@ -96,7 +127,7 @@ async def fetch_performance(
     UnprocessableError `raw_expired` where an edge cuts an hour whose raw readings are gone.
     """
     parameters = {"vehicle_id": vehicle_id, "since": since, "until": until}
-    (performance,) = await _fetch(pool, "fetch_performance", parameters)
+    (performance,) = await _fetch(pool, "fetch_performance", Performance, parameters)
     return performance
 
 
@@ -120,7 +151,7 @@ async def fetch_series(
         "time_zone": time_zone,
     }
     try:
-        buckets = await _fetch(pool, "fetch_series", parameters)
+        buckets = await _fetch(pool, "fetch_series", Performance, parameters)
     except psycopg.errors.InvalidParameterValue as error:
         raise MalformedError(
             f"timeZone: {error.diag.message_primary}", code="bad_parameter", parameter="timeZone"
@@ -176,13 +207,27 @@ async def fetch_fleet(
     )
 
 
+async def fetch_sessions(
+    pool: database.Pool, vehicle_id: str, since: datetime, until: datetime
+) -> Sessions:
+    """The charging sessions of one vehicle.
+
+    Raises: NotFoundError where the vehicle was never declared, assigned or heard;
+    UnprocessableError `raw_expired` where the raw readings of the window are gone.
+    """
+    parameters = {"vehicle_id": vehicle_id, "since": since, "until": until}
+    rows = await _fetch(pool, "fetch_sessions", ChargingSession, parameters)
+    # A known vehicle that did not charge has one row, with nothing in it.
+    return Sessions(vehicle_id, since, until, [row for row in rows if row.vehicle_id is not None])
+
+
 async def _fetch(
-    pool: database.Pool, query_name: str, parameters: dict[str, Any]
-) -> list[Performance]:
+    pool: database.Pool, query_name: str, kind: type[Row], parameters: dict[str, Any]
+) -> list[Row]:
     """The rows of a query about one vehicle, at least one."""
 
-    async def query(connection: AsyncConnection[Any]) -> list[Performance]:
-        async with connection.cursor(row_factory=class_row(Performance)) as cursor:
+    async def query(connection: AsyncConnection[Any]) -> list[Row]:
+        async with connection.cursor(row_factory=class_row(kind)) as cursor:
             await cursor.execute(_SQL[query_name], parameters)
             return await cursor.fetchall()
 

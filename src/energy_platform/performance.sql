@@ -40,3 +40,11 @@ WITH fleet AS MATERIALIZED (
 )
 SELECT * FROM totals CROSS JOIN counts LEFT JOIN page ON true
 ORDER BY is_last, rank, vehicle_id COLLATE "C"
+
+-- name: fetch_sessions
+-- A row a session, in order; one of NULLs where there is none, and no row where the vehicle was never
+-- heard of.
+SELECT s.*
+FROM vehicle v LEFT JOIN LATERAL charging_session_v1(v.vehicle_id, %(since)s, %(until)s) s ON true
+WHERE v.vehicle_id = %(vehicle_id)s
+ORDER BY s.started_at

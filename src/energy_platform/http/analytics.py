@@ -66,6 +66,15 @@ async def get_fleet(
     return fleet_page_of(page, limit)
 
 
+@get("/analytics/sessions/{vehicle_id:str}", summary="When a vehicle charged, and what it took")
+async def get_sessions(
+    service: NamedDependency[Service], vehicle_id: VehicleId, until: Until = None, hours: Hours = 24
+) -> performance.Sessions:
+    since, end = decode_window(until, hours, service.clock())
+    device_id = decode_path_id("vehicleId", vehicle_id)
+    return await performance.fetch_sessions(service.read_pool, device_id, since, end)
+
+
 @get("/live/vehicles", summary="The newest reading of each vehicle")
 async def list_live_vehicles(
     service: NamedDependency[Service], limit: Limit = 100, cursor: Cursor = None
@@ -106,6 +115,7 @@ router = Router(
         get_performance,
         get_series,
         get_fleet,
+        get_sessions,
         list_live_vehicles,
         list_live_meters,
         get_live_vehicle,

@@ -22,7 +22,7 @@ RETURNS TABLE (started_at timestamptz, first_ts timestamptz, ended_at timestampt
 LANGUAGE plpgsql STABLE ROWS 10 SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
   kwh_before float8 := CASE energy_kind
-    WHEN 'register' THEN public.register_before('vehicle', vehicle, since - pause) END;
+    WHEN 'register' THEN public.register_before('vehicle', vehicle, since) END;
 BEGIN
   RETURN QUERY
   WITH reading AS (

@@ -436,3 +436,25 @@ def test_the_fleet_reads_its_edges_raw_and_the_rest_rolled_up(
     world.refresh(None, today + 11 * HOUR)
     read = read_fleet(today + 3 * HOUR, today + 8 * HOUR)
     assert read.of("meter_telemetry_history") == {}
+
+
+def test_sessions_are_looked_for_in_their_window_and_not_far_behind_it(
+    db: psycopg.Connection[Any], world: World
+) -> None:
+    today = BEGIN + (DAYS - 1) * DAY
+    for kind, idle in (("interval", 0.0), ("register", 7.0)):
+        vehicle = world.add_vehicle(f"parked-{kind}", kind, 300)
+        world.read_vehicle(vehicle, counter(300, BEGIN, (DAYS - 1) * 24 * PER_HOUR, idle, 0.0))
+        world.read_vehicle(vehicle, counter(300, today, 10 * PER_HOUR, idle + 0.1, 0.1))
+        world.check_sessions(vehicle, today, today + DAY)
+        db.execute("SET enable_seqscan = off")
+        query = "SELECT * FROM charging_session_v1(%s, %s, %s)"
+        read = Read(db, query, vehicle, today, today + DAY)
+        history = read.of("vehicle_telemetry_history")
+        # An hour and a half behind the window, in which nothing charged, and as much again for the
+        # reading before; what lies within is read for the session and for its figures.
+        assert set(history) == {"02-11", "02-12"}
+        assert history["02-11"] <= 4 * PER_HOUR
+        assert history["02-12"] <= 4 * 10 * PER_HOUR
+        assert read.scanned == set()
+        assert len(read.answer) == 1

@@ -1,4 +1,4 @@
--- depends: 0009_rollup_probe
+-- depends: 0011_plausibility
 
 -- The row of charging_session_v1().
 CREATE TYPE charging_session AS (

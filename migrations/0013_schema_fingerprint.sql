@@ -1,4 +1,4 @@
--- depends: 0011_plausibility
+-- depends: 0012_charging_session
 
 -- What migrate left behind, object by object, so that a change by hand can be told and named.
 CREATE TABLE schema_fingerprint (

@@ -253,6 +253,19 @@ BEGIN
     LEFT JOIN public.fleet_measures('meter', p.meters, p.meter_kinds, p.sinces, p.untils,
                                     window_since, window_until) ac USING (piece)
     GROUP BY u.vehicle_id
+  ), suspect AS (
+    SELECT f.vehicle_id, count(*) AS readings
+    FROM (SELECT DISTINCT s.device_id AS vehicle_id, NULL AS meter_id, s.ts
+          FROM public.suspect_reading s
+          WHERE s.device_class = 'vehicle' AND s.ts >= window_since AND s.ts < window_until
+          UNION ALL
+          SELECT DISTINCT u.vehicle_id, u.meter_id, s.ts
+          FROM public.suspect_reading s
+          JOIN unnest(p.vehicles, p.meters, p.sinces, p.untils)
+               AS u (vehicle_id, meter_id, since, until)
+            ON s.device_id = u.meter_id AND s.ts >= u.since AND s.ts < u.until
+          WHERE s.device_class = 'meter' AND s.ts >= window_since AND s.ts < window_until) f
+    GROUP BY f.vehicle_id
   ), judged AS (
     SELECT m.*, public.float_ratio(m.metered_kwh, m.ac_kwh) AS ratio,
            public.reading_coverage(m.ac_readings, m.ac_promised) AS ac_coverage,
@@ -263,6 +276,7 @@ BEGIN
   SELECT j.vehicle_id, window_since, window_until, j.ac_kwh, j.dc_kwh, j.ratio,
          j.temp_sum / nullif(j.dc_readings, 0), j.metered_kwh, j.ac_readings, j.dc_readings,
          j.ac_coverage, j.dc_coverage,
-         public.performance_verdict(j.ac_kwh, j.metered_kwh, j.ratio, j.ac_coverage, j.dc_coverage)
-  FROM judged j;
+         public.performance_verdict(j.ac_kwh, j.metered_kwh, j.ratio, j.ac_coverage, j.dc_coverage),
+         coalesce(s.readings, 0)
+  FROM judged j LEFT JOIN suspect s USING (vehicle_id);
 END $$;

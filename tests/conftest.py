@@ -17,6 +17,8 @@ import pytest
 import uvicorn
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pytest_postgresql import factories
+from pytest_postgresql.executors import NoopExecutor
+from pytest_postgresql.janitor import DatabaseJanitor
 
 from energy_platform import schema
 from energy_platform.embedded import Engine
@@ -99,6 +101,22 @@ def dsn(postgresql: psycopg.Connection[Any]) -> str:
         password=info.password or None,
         dbname=info.dbname,
     )
+
+
+@pytest.fixture(scope="module")
+def module_dsn(timescale: NoopExecutor) -> Iterator[str]:
+    """A clean, migrated database that all tests of a file share."""
+    place: dict[str, Any] = {
+        "host": timescale.host,
+        "port": timescale.port,
+        "user": timescale.user,
+        "password": timescale.password,
+        "dbname": f"{timescale.dbname}_module",
+    }
+    janitor = DatabaseJanitor(**place, template_dbname=timescale.template_dbname)
+    janitor.drop()
+    with janitor:
+        yield make_conninfo(**{name: value for name, value in place.items() if value})
 
 
 @pytest.fixture

@@ -9,11 +9,14 @@ from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
 import psycopg
 from psycopg.rows import dict_row
 
+MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
+DAY = timedelta(days=1)
 
 
 class Reading(NamedTuple):
@@ -222,6 +225,63 @@ class Story:
             if hour != edge and any(hour <= ts < hour + HOUR for ts in readings.get(device, {})):
                 hours.append((kind, hour))
         return hours
+
+    def buckets(self, device_class: str, size: timedelta) -> list[dict[str, Any]]:
+        """A row for each device and UTC hour or day that has readings, as a refreshed rollup and
+        the view of energy on it must have them, by id and time."""
+        rows = []
+        devices, readings = (
+            (self.meters, self.meter_readings)
+            if device_class == "meter"
+            else (self.vehicles, self.vehicle_readings)
+        )
+        for device, known in sorted(readings.items()):
+            steps = _steps(known, devices[device].kind)
+            increases = _steps(known, "register")
+            buckets: dict[datetime, list[int]] = {}
+            for place, (reading, _) in enumerate(steps):
+                since_midnight = reading.ts - reading.ts.replace(hour=0, minute=0, second=0,
+                                                                 microsecond=0)  # fmt: skip
+                buckets.setdefault(reading.ts - since_midnight % size, []).append(place)
+            for since, places in buckets.items():
+                first, last = steps[places[0]][0], steps[places[-1]][0]
+                row = {
+                    "id": device,
+                    "since": since,
+                    "readings": len(places),
+                    "kwh": float(sum((steps[i][1] for i in places), Fraction(0))),
+                    "rolled": len(places),
+                    "kwh_sum": math.fsum(steps[i][0].kwh for i in places),
+                    "kwh_increase": float(sum((increases[i][1] for i in places[1:]), Fraction(0))),
+                    "kwh_first": first.kwh,
+                    "ts_first": first.ts,
+                    "kwh_last": last.kwh,
+                    "ts_last": last.ts,
+                }
+                celsius = [steps[i][0].celsius for i in places]
+                if device_class == "vehicle":
+                    row["battery_temp_sum"] = math.fsum(celsius)
+                    row["battery_temp_min"], row["battery_temp_max"] = min(celsius), max(celsius)
+                rows.append(row)
+        return rows
+
+
+def local_edges(
+    since: datetime, until: datetime, bucket: timedelta, zone: ZoneInfo
+) -> list[datetime]:
+    """Where buckets begin and end: by walking minute by minute and looking at the wall clock."""
+
+    def label(at: datetime) -> object:
+        local = at.astimezone(zone)
+        return local.date() if bucket == DAY else (local.date(), local.hour, local.utcoffset())
+
+    edges = [since]
+    at = since.replace(second=0, microsecond=0) + MINUTE
+    while at < until:
+        if label(at) != label(at - MINUTE):
+            edges.append(at)
+        at += MINUTE
+    return [*edges, until]
 
 
 def _steps(readings: dict[datetime, Reading], kind: str) -> list[tuple[Reading, Fraction]]:

@@ -1,6 +1,6 @@
 """Are the buckets of a series local hours and days, and is each the answer of its own window?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 from psycopg.rows import dict_row
 
 from conftest import NOON
-from oracle import World, counter, differ, every, utc
+from oracle import World, counter, differ, every, local_edges, utc
 
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
@@ -34,24 +34,6 @@ WINDOWS = [
 @pytest.fixture
 def world(db: psycopg.Connection[Any]) -> World:
     return World(db)
-
-
-def local_windows(
-    since: datetime, until: datetime, bucket: timedelta, zone: ZoneInfo
-) -> Iterator[tuple[datetime, datetime]]:
-    """The buckets by walking through every minute and looking at the clock on the wall."""
-
-    def label(at: datetime) -> object:
-        local = at.astimezone(zone)
-        return local.date() if bucket == DAY else (local.date(), local.hour, local.utcoffset())
-
-    edges = [since]
-    at = since.replace(second=0, microsecond=0) + MINUTE
-    while at < until:
-        if label(at) != label(at - MINUTE):
-            edges.append(at)
-        at += MINUTE
-    return pairwise([*edges, until])
 
 
 @pytest.mark.parametrize("kind", ["interval", "register"])
@@ -82,7 +64,7 @@ def test_buckets_are_those_of_the_wall_clock(
                     (since, until, bucket, zone),
                 )
                 rows = cursor.fetchall()
-            windows = list(local_windows(since, until, bucket, wall))
+            windows = list(pairwise(local_edges(since, until, bucket, wall)))
             assert [(row["since"], row["until"]) for row in rows] == windows
             for row in rows:
                 wanted = world.performance("v", row["since"], row["until"])

@@ -1,0 +1,210 @@
+"""Would the life of the platform notice? Bugs are planted, one at a time, and must be found.
+
+Each mutation is a replacement in the product's own SQL, which must apply. The same tours that
+pass in test_lifecycle must then meet a wrong answer. Two of the books that rollup_dirty_ranges()
+reads have none: what the watermark says is in the materialization log as well (TimescaleDB 2.23 and
+2.28), and the ranges of a refresh in flight are not seen by one session.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from energy_platform import database, ingest
+from lifecycle import Stage, WrongAnswer, tour
+
+ROOT = Path(__file__).parents[1]
+WRITER = "src/energy_platform/ingest.sql"
+
+
+class Mutation(NamedTuple):
+    """Text in a file, how often it stands there, and what it becomes."""
+
+    path: str
+    old: str
+    new: str
+    times: int = 1
+    tour: str = "late rows"
+
+
+ROLLUP = "sql/10_rollup.sql"
+MEASURES = "sql/20_measures.sql"
+ANSWER = "sql/30_performance.sql"
+DIRTY = """    FROM aggregate
+    JOIN _timescaledb_catalog.continuous_aggs_{log}_invalidation_log
+      ON {key}"""
+
+MUTATIONS = {
+    # Which hours of the rollup may be read.
+    "late rows are not dirty": Mutation(
+        ROLLUP,
+        DIRTY.format(log="hypertable", key="hypertable_id = raw_hypertable_id"),
+        DIRTY.format(log="hypertable", key="hypertable_id = raw_hypertable_id AND false"),
+    ),
+    "rows that a refresh elsewhere noted are not dirty": Mutation(
+        ROLLUP,
+        DIRTY.format(log="materialization", key="materialization_id = mat_hypertable_id"),
+        DIRTY.format(log="materialization", key="materialization_id = mat_hypertable_id AND false"),
+    ),
+    "the last dirty hour is cut off": Mutation(
+        ROLLUP, "date_bin(hour, d.highest, 'epoch') + hour", "date_bin(hour, d.highest, 'epoch')"
+    ),
+    "a dirty range begins an hour late": Mutation(
+        ROLLUP, "date_bin(hour, d.lowest, 'epoch'),", "date_bin(hour, d.lowest, 'epoch') + hour,"
+    ),
+    "dropped hours are read from raw rows": Mutation(
+        ROLLUP, " + whole * dropped;", ";", tour="retention"
+    ),
+    "an hour that is cut is read from the rollup": Mutation(
+        MEASURES,
+        "ELSE date_bin('1 hour', lower(r), 'epoch') + INTERVAL '1 hour' END AS lo",
+        "ELSE date_bin('1 hour', lower(r), 'epoch') END AS lo",
+    ),
+    "a cut in dropped raw rows is not refused": Mutation(
+        MEASURES, "IF readings > 0 THEN", "IF false THEN", tour="retention"
+    ),
+    # What a device measured.
+    "the end of a raw piece is part of it": Mutation(
+        MEASURES, "h.ts >= since AND h.ts < until;", "h.ts >= since AND h.ts <= until;", 2
+    ),
+    "the begin of a raw piece is not part of it": Mutation(
+        MEASURES,
+        "h.ts >= since AND h.ts < until ORDER BY h.ts\n",
+        "h.ts > since AND h.ts < until ORDER BY h.ts\n",
+        times=2,
+    ),
+    "the hour after a rolled piece is part of it": Mutation(
+        MEASURES, "hour >= since AND hour < until) h", "hour >= since AND hour <= until) h", 2
+    ),
+    "first and last of a rolled piece are swapped": Mutation(
+        MEASURES,
+        "public.first(kwh_first, hour), public.last(kwh_last, hour)",
+        "public.last(kwh_last, hour), public.first(kwh_first, hour)",
+        2,
+    ),
+    "no step between rolled hours": Mutation(
+        MEASURES, "sum(kwh_increase + step)", "sum(kwh_increase)", 2
+    ),
+    "no step between pieces": Mutation(
+        MEASURES,
+        "kwh := kwh + public.register_step(m.kwh_first, previous_kwh) + m.kwh_increase",
+        "kwh := kwh + m.kwh_increase",
+    ),
+    "the step into a window is forgotten": Mutation(
+        MEASURES, "previous_kwh := public.register_before(device_class, device, since);", "NULL;"
+    ),
+    "the step into a window is sought for ten days": Mutation(
+        MEASURES, "raw_reached := until;", "RETURN NULL;", tour="silence"
+    ),
+    "the step into a window ignores what is not rolled up": Mutation(
+        MEASURES, "IF NOT isempty(chunks) THEN", "IF false THEN", tour="silence"
+    ),
+    "the step into a window is sought for 400 days": Mutation(
+        MEASURES,
+        "ARRAY[INTERVAL '40 days', INTERVAL '400 days', NULL]",
+        "ARRAY[INTERVAL '40 days', INTERVAL '400 days']",
+        tour="silence",
+    ),
+    "a reset of a register is a step back": Mutation(
+        "migrations/0004_counter_increase.sql",
+        "              WHEN value >= previous THEN value - previous\n              ELSE value END",
+        "              ELSE value - previous END",
+    ),
+    # The answer.
+    "the end of an assignment is part of it": Mutation(
+        ANSWER,
+        "least(coalesce(upper(a.during), 'infinity'), window_until) AS until",
+        "least(coalesce(upper(a.during) + INTERVAL '1 microsecond', 'infinity'),"
+        " window_until) AS until",
+    ),
+    "coverage promises the whole window": Mutation(
+        ANSWER,
+        "extract(epoch FROM piece.until - piece.since)",
+        "extract(epoch FROM window_until - window_since)",
+    ),
+    "only what the last meter fed is metered": Mutation(
+        ANSWER,
+        "answer.metered_kwh_delivered_dc := answer.metered_kwh_delivered_dc + dc.kwh",
+        "answer.metered_kwh_delivered_dc := dc.kwh",
+    ),
+    "an hour that clocks repeat is one": Mutation(
+        "sql/35_series.sql", "ELSE local - (t AT TIME ZONE 'UTC') END", "ELSE NULL END"
+    ),
+    "energy views step from a bucket's own end": Mutation(
+        "sql/40_energy.sql",
+        "p.meter_id = h.meter_id AND p.hour < h.hour",
+        "p.meter_id = h.meter_id AND p.hour <= h.hour",
+    ),
+    # What may go.
+    "the gate of retention is open": Mutation(
+        "sql/50_policies.sql", "  RETURN missing;", "  RETURN 0;", tour="retention"
+    ),
+    # What is written.
+    "the newest to arrive is live": Mutation(WRITER, "  WHERE live.ts < excluded.ts\n", "", 2),
+    "a conflicting reading takes the place": Mutation(
+        WRITER,
+        "FROM incoming ORDER BY meter_id, ts\n  ON CONFLICT DO NOTHING",
+        "FROM incoming ORDER BY meter_id, ts\n  ON CONFLICT (meter_id, ts)"
+        " DO UPDATE SET kwh_consumed_ac = excluded.kwh_consumed_ac",
+    ),
+    "the oldest of a body is live": Mutation(
+        WRITER, "FROM stored ORDER BY meter_id, ts DESC", "FROM stored ORDER BY meter_id, ts"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def stage(module_dsn: str) -> Iterator[Stage]:
+    stage = Stage(module_dsn)
+    yield stage
+    stage.close()
+
+
+def statement_at(text: str, position: int) -> str:
+    """The statement that makes the function or view around a position."""
+    begin = text.rindex("\nCREATE ", 0, position) + 1
+    is_view = "VIEW" in text[begin : text.index("\n", begin)]
+    end = text.index(";\n", position) + 1 if is_view else text.index("$$;", position) + 3
+    return text[begin:end].replace("CREATE FUNCTION", "CREATE OR REPLACE FUNCTION")
+
+
+@pytest.fixture
+def plant(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[[Mutation], None]]:
+    originals = []
+
+    def plant(mutation: Mutation) -> None:
+        text = (ROOT / mutation.path).read_text("utf-8")
+        assert text.count(mutation.old) == mutation.times, "the mutation does not apply"
+        if mutation.path == WRITER:
+            path = tmp_path / "ingest.sql"
+            path.write_text(text.replace(mutation.old, mutation.new), "utf-8")
+            queries = database.load_queries(path)
+            kinds = {
+                struct: kind._replace(insert=queries[f"insert_{struct.kind}_readings"])
+                for struct, kind in ingest._KINDS.items()
+            }
+            monkeypatch.setattr(ingest, "_KINDS", kinds)
+            return
+        statement = statement_at(text, text.index(mutation.old))
+        stage.db.execute(statement.replace(mutation.old, mutation.new).encode())
+        originals.append(statement)
+
+    yield plant
+    for statement in originals:
+        stage.db.execute(statement.encode())
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_planted_bug_is_found(stage: Stage, plant: Callable[[Mutation], None], name: str) -> None:
+    mutation = MUTATIONS[name]
+    plant(mutation)
+    stage.tally.steps_until_wrong = None
+    before = stage.tally.steps
+    with pytest.raises(WrongAnswer) as wrong:
+        tour(stage, mutation.tour)
+    assert stage.tally.steps_until_wrong
+    print(f"{name}: {stage.tally.steps_until_wrong - before} steps, {wrong.value}")

@@ -4,8 +4,10 @@ The database is TimescaleDB: the embedded engine, or the server named by ENERGY_
 pytest-postgresql clones it for each test from a template that was migrated once.
 """
 
+import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,6 +55,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(
             "ENERGY_TEST_DATABASE_URL is unset: what sessions do to each other is not proved"
         )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests of exactness did, added up in one line."""
+    done: Counter[str] = Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, counts in report.user_properties:
+                if name == "exactness":
+                    done.update({**counts, "wrong": outcome == "failed"})
+    if done:
+        terminalreporter.write_line(f"exactness: {json.dumps(done)}")
 
 
 @pytest.fixture(scope="session", autouse=True)

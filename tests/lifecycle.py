@@ -113,6 +113,10 @@ class Tally:
     readings: Counter[str] = field(default_factory=Counter)
     steps_until_wrong: int | None = None
 
+    def as_counts(self) -> dict[str, int]:
+        counts = {"lives": self.lives, "steps": self.steps, "answers": self.answers}
+        return {**counts, **self.readings}
+
 
 class Stage:
     """One database for many lives. `reset` puts back its rows and TimescaleDB's own books."""

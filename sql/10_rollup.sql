@@ -105,6 +105,35 @@ EXCEPTION WHEN undefined_table OR undefined_column OR undefined_function THEN
   RETURN chunks;
 END $$;
 
+-- A number that is another once a raw chunk is compressed, recompressed, decompressed or dropped.
+-- Status 1 is compressed, 8: late rows wait in the row store.
+CREATE OR REPLACE FUNCTION raw_store_version() RETURNS bigint
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+  RETURN (SELECT coalesce(sum(hashint8(c.id * 16::bigint + (c.status & 9))), 0)
+          FROM _timescaledb_catalog.hypertable h
+          JOIN _timescaledb_catalog.chunk c ON c.hypertable_id = h.id
+          WHERE h.schema_name = 'public'
+            AND h.table_name IN ('meter_telemetry_history', 'vehicle_telemetry_history'));
+EXCEPTION WHEN undefined_table OR undefined_column THEN
+  RETURN 0;
+END $$;
+
+-- An answer reads rows by the snapshot of its statement, but each of its parts is planned by how
+-- chunks are stored at that moment. Rows that were moved or dropped in between are in neither place,
+-- so the answer would lack them: it is refused, and to ask again is all that is needed. VOLATILE, so
+-- that this looks at the chunks as they are now.
+CREATE OR REPLACE FUNCTION check_raw_store(version bigint) RETURNS void
+LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+  IF public.raw_store_version() <> version THEN
+    RAISE EXCEPTION USING
+      ERRCODE = 'serialization_failure',
+      MESSAGE = 'raw chunks were compressed or dropped while the answer was made',
+      HINT = 'Ask again.';
+  END IF;
+END $$;
+
 -- rolled: the whole hours of the window to be read from the rollup: those that are not dirty, and
 --   those without a raw chunk.
 -- dropped: where no raw chunk is, over the window widened to whole hours. The dirty log says

@@ -1,7 +1,8 @@
 -- The definition behind GET /v1/analytics/performance/{vehicleId}.
 --
 -- A STABLE function runs all its statements in the snapshot of the statement that calls it, so the
--- parts of an answer belong together even while readings arrive and rollups are refreshed.
+-- parts of an answer belong together even while readings arrive and rollups are refreshed. Where
+-- raw chunks are stored otherwise meanwhile, it raises serialization_failure: ask again.
 
 CREATE OR REPLACE FUNCTION vehicle_performance_v1(
   vehicle_id text, since timestamptz, until timestamptz)
@@ -13,6 +14,7 @@ DECLARE
   window_since ALIAS FOR $2;
   window_until ALIAS FOR $3;
   answer public.vehicle_performance;
+  raw_store constant bigint := public.raw_store_version();
   device record;          -- of the vehicle: its kind and its interval in seconds
   vehicle_hours record;   -- which hours of its rollup may be read
   meter_hours record;
@@ -73,6 +75,7 @@ BEGIN
   answer.verdict := public.performance_verdict(
     answer.total_kwh_consumed_ac, answer.metered_kwh_delivered_dc, answer.efficiency_ratio,
     answer.ac_coverage, answer.dc_coverage);
+  PERFORM public.check_raw_store(raw_store);
   RETURN NEXT answer;
 END $$;
 

@@ -265,6 +265,10 @@ COMMENT ON FUNCTION rollup_dirty_ranges(name, timestamptz, timestamptz) IS
   'The ranges that TimescaleDB''s own books hold to be not, or not rightly, rolled up; bounds inclusive.';
 COMMENT ON FUNCTION raw_chunk_ranges(name, timestamptz, timestamptz) IS
   'Where in a window a hypertable has chunks.';
+COMMENT ON FUNCTION raw_store_version() IS
+  'A number that is another once a raw chunk is compressed, recompressed, decompressed or dropped.';
+COMMENT ON FUNCTION check_raw_store(bigint) IS
+  'Raises serialization_failure where raw chunks were compressed or dropped since the calling statement began.';
 
 COMMENT ON FUNCTION register_step(float8, float8) IS
   'kWh that a register grew by from one reading to the next. A fall is a reset: the step is what it shows after it. A first reading adds nothing.';

@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from threading import Barrier
 from typing import Any
 
@@ -11,10 +11,13 @@ import httpx
 import msgspec
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 
 from conftest import NOON, Clock, StartService
 from energy_platform.ingest import Outcome, Writer
-from energy_platform.readings import Batch, MeterReading, Reading, VehicleReading
+from energy_platform.readings import Batch, MeterReading, VehicleReading
+from energy_platform.readings import Reading as AnyReading
+from oracle import Reading, World, counter, every, utc
 
 Db = psycopg.Connection[Any]
 
@@ -24,10 +27,10 @@ DEVICES = 150
 HOURS = (0, 3, 50)  # on time, late, late by days
 
 
-def readings_of(writer_number: int, *, agree: bool) -> list[Reading]:
+def readings_of(writer_number: int, *, agree: bool) -> list[AnyReading]:
     """The same keys for each writer, in an order of its own; values the same, or its own."""
     kwh = 1.0 if agree else float(writer_number)
-    readings: list[Reading] = []
+    readings: list[AnyReading] = []
     for number in range(DEVICES):
         for hours in HOURS:
             ts = NOON - timedelta(hours=hours)
@@ -44,7 +47,7 @@ def test_writers_with_the_same_keys_store_each_exactly_once(
     writers = 3
     barrier = Barrier(writers)
 
-    def write(number: int) -> tuple[list[Reading], list[Outcome]]:
+    def write(number: int) -> tuple[list[AnyReading], list[Outcome]]:
         """In a thread and a loop of its own, as a service process of its own would."""
         readings = readings_of(number, agree=agree)
 
@@ -156,3 +159,60 @@ def test_services_that_hear_a_device_first_at_once_register_it_once(
     assert sum(answer.json()["stored"] for answer in answers) == len(body)
     assert sum(answer.json()["duplicate"] for answer in answers) == 2 * len(body)
     assert db.execute("SELECT count(*) FROM meter").fetchone() == (DEVICES,)
+
+
+def change_store(db: Db, change: str, before: datetime) -> None:
+    for table in ("meter_telemetry_history", "vehicle_telemetry_history"):
+        if change == "drop":
+            db.execute("SELECT drop_chunks(%s::regclass, %s::timestamptz)", (table, before))
+        elif change == "decompress":
+            db.execute("SELECT decompress_chunk(c) FROM show_chunks(%s::regclass) c", (table,))
+        else:
+            db.execute("SELECT compress_chunk(c) FROM show_chunks(%s::regclass) c", (table,))
+
+
+@pytest.mark.parametrize("change", ["compress", "recompress", "decompress", "drop"])
+def test_no_row_is_missed_because_its_chunk_is_stored_otherwise(
+    dsn: str, db: Db, change: str
+) -> None:
+    """An answer under way reads by its snapshot, but plans by what chunks have become."""
+    world = World(db)
+    begin = utc(2026, 2, 1)
+    since, until = begin + timedelta(minutes=65), begin + timedelta(hours=30, minutes=5)
+    meter, vehicle = world.add_meter("M-1", "register"), world.add_vehicle("V-1")
+    world.assign(meter, vehicle, begin)
+    world.read_meter(meter, counter(600, begin, 500, 1.0, 1.0))
+    world.read_vehicle(vehicle, every(600, begin, 500, 1.0))
+    if change == "drop":
+        world.refresh()
+    elif change != "compress":
+        change_store(db, "compress", begin)
+        late = begin + timedelta(hours=3, seconds=7)
+        world.read_meter(meter, [Reading(late, 19.5)])
+        world.read_vehicle(vehicle, [Reading(late, 5.0, 99.0)])
+    with (
+        psycopg.connect(dsn, autocommit=True) as other,
+        other.cursor(row_factory=dict_row) as cursor,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        # Its snapshot is taken; then it waits for a lock, before it looks at any chunk.
+        with db.transaction():
+            db.execute("SELECT pg_advisory_xact_lock(1)")
+            asked = pool.submit(
+                cursor.execute,
+                "SELECT p.* FROM (SELECT pg_advisory_lock(1) OFFSET 0) w CROSS JOIN LATERAL"
+                " (SELECT * FROM vehicle_performance_v1(%s, %s, %s) WHERE w IS NOT NULL) p",
+                (vehicle, since, until),
+            )
+            waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            while not asked.done() and db.execute(waiting).fetchone() is None:
+                pass
+            with psycopg.connect(dsn, autocommit=True) as third:
+                change_store(third, change, begin + timedelta(days=1))
+        with pytest.raises(psycopg.errors.SerializationFailure, match="raw chunks were"):
+            asked.result(30)
+    if change == "drop":
+        with pytest.raises(psycopg.DatabaseError, match="past their retention"):
+            world.fetch(vehicle, since, until)
+    else:
+        world.check(vehicle, since, until)

@@ -105,12 +105,13 @@ EXCEPTION WHEN undefined_table OR undefined_column OR undefined_function THEN
   RETURN chunks;
 END $$;
 
--- A number that is another once a raw chunk is compressed, recompressed, decompressed or dropped.
--- Status 1 is compressed, 8: late rows wait in the row store.
+-- A number that is another once a raw chunk is compressed, recompressed, decompressed or dropped: it
+-- is made of the transactions that last wrote the chunks' own rows in the books. Their status would
+-- not do: it can have come back, because late rows are waiting to make it "partial" again.
 CREATE OR REPLACE FUNCTION raw_store_version() RETURNS bigint
 LANGUAGE plpgsql STABLE AS $$
 BEGIN
-  RETURN (SELECT coalesce(sum(hashint8(c.id * 16::bigint + (c.status & 9))), 0)
+  RETURN (SELECT coalesce(sum(hashint8((c.id::bigint << 32) | c.xmin::text::bigint)), 0)
           FROM _timescaledb_catalog.hypertable h
           JOIN _timescaledb_catalog.chunk c ON c.hypertable_id = h.id
           WHERE h.schema_name = 'public'

@@ -118,6 +118,12 @@ class Tally:
         return {**counts, **self.readings}
 
 
+def stop_workers(db: psycopg.Connection[Any]) -> None:
+    """TimescaleDB's own workers look at the real clock, which is in another era."""
+    with suppress(psycopg.Error):  # the embedded engine has none
+        db.execute("SELECT _timescaledb_functions.stop_background_workers()")
+
+
 class Stage:
     """One database for many lives. `reset` puts back its rows and TimescaleDB's own books."""
 
@@ -133,9 +139,7 @@ class Stage:
         self.dsn = dsn
         self.db = self.connect()
         self.tally = Tally()
-        # TimescaleDB's own workers look at the real clock, which is in another era.
-        with suppress(psycopg.Error):
-            self.db.execute("SELECT _timescaledb_functions.stop_background_workers()")
+        stop_workers(self.db)
         self.db.execute("CREATE SCHEMA stage")
         for book in self.BOOKS:
             self.db.execute(f"CREATE TABLE stage.{book} AS TABLE _timescaledb_catalog.{book}")

@@ -283,7 +283,12 @@ class Storm:
 
         question = Question(vehicle_id, {*self.flying}, [*self.trios[vehicle_id]])
         self.questions.append(question)
-        answer = await database.read(self.pool, query)
+        while True:
+            try:
+                answer = await database.read(self.pool, query)
+                break
+            except psycopg.errors.SerializationFailure:
+                self.counts["answers refused"] += 1
         self.questions.remove(question)
         devices = [vehicle_id, f"{vehicle_id}-m1", f"{vehicle_id}-m2"]
         certain: dict[str, dict[datetime, Reading]] = {device: {} for device in devices}

@@ -3,7 +3,7 @@
 Each mutation is a replacement in the product's own SQL, which must apply. The same tours that
 pass in test_lifecycle must then meet a wrong answer. Two of the books that rollup_dirty_ranges()
 reads have none: what the watermark says is in the materialization log as well (TimescaleDB 2.23 and
-2.28), and the ranges of a refresh in flight are not seen by one session.
+2.28), and the ranges that a refresh is at work on are never all that marks an hour.
 """
 
 from collections.abc import Callable, Iterator

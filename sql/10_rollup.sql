@@ -106,12 +106,13 @@ EXCEPTION WHEN undefined_table OR undefined_column OR undefined_function THEN
 END $$;
 
 -- A number that is another once a raw chunk is compressed, recompressed, decompressed or dropped: it
--- is made of the transactions that last wrote the chunks' own rows in the books. Their status would
--- not do: it can have come back, because late rows are waiting to make it "partial" again.
+-- is made of where the chunks' own rows in the books stand. A row that is written anew stands
+-- elsewhere, because a snapshot still holds the old one in its place. Its status would not do: late
+-- rows that wait make it "partial" again.
 CREATE OR REPLACE FUNCTION raw_store_version() RETURNS bigint
 LANGUAGE plpgsql STABLE AS $$
 BEGIN
-  RETURN (SELECT coalesce(sum(hashint8((c.id::bigint << 32) | c.xmin::text::bigint)), 0)
+  RETURN (SELECT coalesce(bit_xor(hashtidextended(c.ctid, c.id)), 0)
           FROM _timescaledb_catalog.hypertable h
           JOIN _timescaledb_catalog.chunk c ON c.hypertable_id = h.id
           WHERE h.schema_name = 'public'

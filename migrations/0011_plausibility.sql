@@ -34,6 +34,12 @@ CREATE TABLE suspect_reading (
 );
 
 CREATE INDEX suspect_reading_ts_idx ON suspect_reading (ts);
+CREATE INDEX suspect_reading_code_idx ON suspect_reading (code, suspect_id);
+
+-- The reading before the newest. The upsert sets it from the row that it has locked, so ingest can tell
+-- whether another writer has been there since its snapshot.
+ALTER TABLE meter_live_status ADD COLUMN previous_ts timestamptz;
+ALTER TABLE vehicle_live_status ADD COLUMN previous_ts timestamptz;
 
 -- A reading of either class, as it is judged; soc and temp are NULL for a meter.
 CREATE TYPE judged_reading AS (

@@ -162,16 +162,20 @@ BEGIN
 END $$;
 
 -- Flag anew what is suspect in one device's readings of since <= ts <= until, and in the one after.
--- From -infinity to infinity that is all that is kept of it.
+-- From -infinity to infinity that is all that is kept of it. A reading stays as it was judged where the one
+-- before it may be among those that retention has dropped.
 CREATE OR REPLACE FUNCTION judge_range(
   device_class text, device text, since timestamptz, until timestamptz)
 RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
+  reach constant interval := INTERVAL '10 days';
   declared record;
   soft public.plausibility_limit;
   previous_ts timestamptz;
+  first_ts timestamptz;
   last_ts timestamptz := until;
+  dropped_hour timestamptz;  -- the last of the device whose raw rows are gone
 BEGIN
   IF isfinite(since) THEN
     previous_ts := (public.reading_before(device_class, device, since)).ts;
@@ -179,9 +183,21 @@ BEGIN
   IF isfinite(until) THEN
     last_ts := coalesce(public.next_reading_ts(device_class, device, until), until);
   END IF;
+  first_ts := since;
+  IF previous_ts IS NULL THEN
+    dropped_hour := public.last_dropped_hour(device_class, device);
+    SELECT r.ts INTO first_ts FROM public.readings_to_judge(device_class, device, since, last_ts) r
+    WHERE dropped_hour IS NOT NULL LIMIT 1;
+    IF first_ts < dropped_hour + INTERVAL '1 hour' + reach THEN
+      first_ts := first_ts + INTERVAL '1 microsecond';
+    ELSE
+      first_ts := since;
+    END IF;
+  END IF;
   DELETE FROM public.suspect_reading s
   WHERE s.device_class = judge_range.device_class AND s.device_id = device
-    AND s.ts >= since AND s.ts <= last_ts;
+    AND s.ts >= first_ts AND s.ts <= last_ts
+    AND (dropped_hour IS NULL OR s.ts >= dropped_hour + INTERVAL '1 hour');
   SELECT d.energy_kind, d.reporting_interval INTO declared
   FROM public.declared_device(device_class, device) d;
   SELECT * INTO soft FROM public.plausibility_limit l
@@ -194,7 +210,18 @@ BEGIN
   CROSS JOIN LATERAL public.implausibilities(
     j.r, j.p, declared.energy_kind, declared.reporting_interval,
     soft.power_kw_soft, soft.step_kwh_soft, soft.temp_rate_soft, soft.soc_rate_soft) i
-  WHERE (j.r).ts >= since;
+  WHERE (j.r).ts >= first_ts
+  ON CONFLICT DO NOTHING;
+END $$;
+
+-- The last hour of a device that is rolled up and has no raw rows any more; NULL: there is none.
+CREATE OR REPLACE FUNCTION last_dropped_hour(device_class text, device text) RETURNS timestamptz
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  oldest constant timestamptz := coalesce(lower(public.raw_chunk_ranges(
+    (device_class || '_telemetry_history')::name, '-infinity', 'infinity')), 'infinity');
+BEGIN
+  RETURN (public.rolled_before(device_class, device, oldest, oldest)).hour;
 END $$;
 
 -- What is declared of a device.
@@ -211,62 +238,71 @@ BEGIN
   END IF;
 END $$;
 
--- Judge readings that this transaction has inserted: those that break a hard limit are taken out again
--- and returned, by position; of the others, and of those that follow them, the suspect are flagged. For
--- the writer, which may not delete history: so it runs with the rights of the owner.
+-- Flag what is suspect among readings that this transaction has inserted, and in those that follow them.
+-- For the writer, whose role may not change flags otherwise. Readings of a device that lie over an hour
+-- apart are judged by themselves, so that what lies between costs nothing.
 CREATE OR REPLACE FUNCTION judge_inserted(
   device_class text, devices text[], instants timestamptz[])
-RETURNS TABLE ("position" bigint, code text, detail text)
+RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-  key record;
 BEGIN
-  RETURN QUERY SELECT * FROM public.refuse_implausible($1, $2, $3);
-  FOR key IN
-    SELECT k.device, min(k.ts) AS since, max(k.ts) AS until
-    FROM unnest(devices, instants) AS k (device, ts) GROUP BY 1 ORDER BY 1
-  LOOP
-    PERFORM public.judge_range($1, key.device, key.since, key.until);
-  END LOOP;
+  PERFORM public.judge_range($1, run.device, min(run.ts), max(run.ts))
+  FROM (SELECT k.device, k.ts, count(*) FILTER (WHERE k.is_far) OVER (PARTITION BY k.device ORDER BY k.ts)
+                                 AS number
+        FROM (SELECT u.device, u.ts,
+                     u.ts - lag(u.ts) OVER (PARTITION BY u.device ORDER BY u.ts) > INTERVAL '1 hour'
+                       AS is_far
+              FROM unnest(devices, instants) AS u (device, ts)) k) run
+  GROUP BY run.device, run.number ORDER BY run.device, run.number;
 END $$;
 
-CREATE OR REPLACE FUNCTION refuse_implausible(
+-- Which of some readings that are in history break a hard limit, by position. In the order of time: one
+-- that is to be refused is passed over as the one before the next.
+CREATE OR REPLACE FUNCTION implausible_beyond_limits(
   device_class text, devices text[], instants timestamptz[])
 RETURNS TABLE ("position" bigint, code text, detail text)
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql STABLE AS $$
 DECLARE
   hard public.plausibility_limit;
   declared record;
   key record;
+  previous public.judged_reading;
+  refused timestamptz;           -- the last one refused
+  before_refused public.judged_reading;
+  last_device text;
 BEGIN
   SELECT * INTO hard FROM public.plausibility_limit l
-  WHERE l.device_class = refuse_implausible.device_class;
-  IF num_nonnulls(hard.power_kw_hard, hard.step_kwh_hard, hard.temp_rate_hard, hard.soc_rate_hard) = 0 THEN
+  WHERE l.device_class = implausible_beyond_limits.device_class;
+  IF num_nonnulls(hard.power_kw_hard, hard.step_kwh_hard, hard.temp_rate_hard, hard.soc_rate_hard) = 0
+  THEN
     RETURN;
   END IF;
-  -- In the order of time: what is refused is not there for the next one to be judged by.
   FOR key IN
-    SELECT k.device, k.ts, k.place FROM unnest(devices, instants) WITH ORDINALITY AS k (device, ts, place)
+    SELECT k.device, k.ts, k.place
+    FROM unnest(devices, instants) WITH ORDINALITY AS k (device, ts, place)
     ORDER BY k.device, k.ts
   LOOP
-    SELECT * INTO declared FROM public.declared_device($1, key.device);
+    IF key.device IS DISTINCT FROM last_device THEN
+      last_device := key.device;
+      refused := NULL;
+      SELECT * INTO declared FROM public.declared_device($1, key.device);
+    END IF;
+    previous := public.reading_before($1, key.device, key.ts);
+    IF previous.ts = refused THEN
+      previous := before_refused;
+    END IF;
     SELECT key.place, 'implausible_' || i.code, i.detail INTO "position", code, detail
     FROM public.readings_to_judge($1, key.device, key.ts, key.ts) r,
       public.implausibilities(
-        r, public.reading_before($1, key.device, key.ts), declared.energy_kind,
-        declared.reporting_interval, hard.power_kw_hard, hard.step_kwh_hard, hard.temp_rate_hard,
-        hard.soc_rate_hard) i
+        r, previous, declared.energy_kind, declared.reporting_interval,
+        hard.power_kw_hard, hard.step_kwh_hard, hard.temp_rate_hard, hard.soc_rate_hard) i
     WHERE i.code <> 'clock_offset'
     LIMIT 1;
-    CONTINUE WHEN NOT FOUND;
-    IF device_class = 'meter' THEN
-      DELETE FROM public.meter_telemetry_history h WHERE h.meter_id = key.device AND h.ts = key.ts;
-    ELSE
-      DELETE FROM public.vehicle_telemetry_history h
-      WHERE h.vehicle_id = key.device AND h.ts = key.ts;
+    IF FOUND THEN
+      refused := key.ts;
+      before_refused := previous;
+      RETURN NEXT;
     END IF;
-    PERFORM public.reset_live($1, key.device, key.ts);
-    RETURN NEXT;
   END LOOP;
 END $$;
 

@@ -1,15 +1,26 @@
--- What is needed where history changes otherwise than by growing: a correction, or a reading that is
--- refused after all.
+-- What is needed where history changes otherwise than by growing.
 
 -- Wait until every reading of a class that is being inserted is committed, and let none be inserted until
--- this transaction ends. Ingest looks at this table first, so to have it alone is enough.
+-- this transaction ends. Ingest locks this table before it takes its snapshot, and nothing else that
+-- lasts writes to it; readers are not held. After five seconds it gives up: ingest waits behind it.
 CREATE OR REPLACE FUNCTION hold_ingest(device_class text) RETURNS void
+LANGUAGE plpgsql SET lock_timeout = '5s' AS $$
+BEGIN
+  IF device_class = 'meter' THEN
+    LOCK TABLE public.meter_live_status IN SHARE ROW EXCLUSIVE MODE;
+  ELSE
+    LOCK TABLE public.vehicle_live_status IN SHARE ROW EXCLUSIVE MODE;
+  END IF;
+END $$;
+
+-- The same for one device, whose readings then wait in front of their live row.
+CREATE OR REPLACE FUNCTION hold_device(device_class text, device text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
   IF device_class = 'meter' THEN
-    LOCK TABLE public.corrected_meter_reading IN ACCESS EXCLUSIVE MODE;
+    PERFORM FROM public.meter_live_status l WHERE l.meter_id = device FOR UPDATE;
   ELSE
-    LOCK TABLE public.corrected_vehicle_reading IN ACCESS EXCLUSIVE MODE;
+    PERFORM FROM public.vehicle_live_status l WHERE l.vehicle_id = device FOR UPDATE;
   END IF;
 END $$;
 

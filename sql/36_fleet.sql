@@ -207,6 +207,7 @@ SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
   window_since ALIAS FOR $1;
   window_until ALIAS FOR $2;
+  raw_store constant bigint := public.raw_store_version();
   p record;
 BEGIN
   PERFORM public.check_window(window_since, window_until);
@@ -279,4 +280,5 @@ BEGIN
          public.performance_verdict(j.ac_kwh, j.metered_kwh, j.ratio, j.ac_coverage, j.dc_coverage),
          coalesce(s.readings, 0)
   FROM judged j LEFT JOIN suspect s USING (vehicle_id);
+  PERFORM public.check_raw_store(raw_store);
 END $$;

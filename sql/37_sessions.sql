@@ -120,6 +120,7 @@ DECLARE
   window_since ALIAS FOR $2;
   window_until ALIAS FOR $3;
   microsecond constant interval := INTERVAL '1 microsecond';
+  raw_store constant bigint := public.raw_store_version();
   device record;
 BEGIN
   PERFORM public.check_window(window_since, window_until);
@@ -149,6 +150,7 @@ BEGIN
       s.ended_at + microsecond) f
     WHERE p.until > window_since AND s.ended_at >= window_since AND s.ended_at < window_until
     ORDER BY s.started_at;
+  PERFORM public.check_raw_store(raw_store);
 END $$;
 
 -- A condition on the vehicle reaches the registry, so that one vehicle is one call.

@@ -251,9 +251,8 @@ BEGIN
       WHERE bytes > bytes_max);
   END IF;
   DELETE FROM public.job_run WHERE started_at < now() - INTERVAL '90 days';
-  DELETE FROM public.suspect_reading s USING timescaledb_information.jobs j
-  JOIN timescaledb_information.continuous_aggregates a
-    ON a.materialization_hypertable_name = j.hypertable_name
-  WHERE j.proc_name = 'policy_retention' AND a.view_name = s.device_class || '_hourly'
+  DELETE FROM public.suspect_reading s USING public.job_status p
+  JOIN timescaledb_information.jobs j USING (job_id)
+  WHERE p.job = 'policy_retention' AND p.relation = s.device_class || '_hourly'
     AND s.ts < now() - (j.config ->> 'drop_after')::interval;
 END $$;

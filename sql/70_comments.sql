@@ -169,6 +169,7 @@ BEGIN
       (NULL, 'voided', 'How many readings were taken out of history.'),
       (NULL, 'stored', 'How many readings were put into history.'),
       ('correction', 'during', 'The piece of time whose readings were corrected.'),
+      (NULL, 'previous_ts', 'When the device read before its newest reading, as far as it came before that.'),
       (NULL, 'suspect_id', 'Number of the flag; judged again, a reading gets a new one.'),
       (NULL, 'power_kw_soft', 'kW over which a reading is flagged.'),
       (NULL, 'power_kw_hard', 'kW over which a reading is not taken.'),
@@ -322,10 +323,14 @@ COMMENT ON FUNCTION next_reading_ts(text, text, timestamptz) IS
 COMMENT ON FUNCTION judge_range(text, text, timestamptz, timestamptz) IS
   'Flag anew what is suspect in one device''s readings between two instants, and in the one after.';
 COMMENT ON FUNCTION declared_device(text, text) IS 'Energy kind and reporting interval of a device.';
+COMMENT ON FUNCTION last_dropped_hour(text, text) IS
+  'The last hour of a device that is rolled up and has no raw rows any more.';
 COMMENT ON FUNCTION judge_inserted(text, text[], timestamptz[]) IS
-  'For the writer: flag what is suspect among readings just inserted; take out, and return, what breaks a hard limit.';
-COMMENT ON FUNCTION refuse_implausible(text, text[], timestamptz[]) IS
-  'Take out, and return, those of some readings that break a hard limit.';
+  'For the writer: flag what is suspect among readings just inserted.';
+COMMENT ON FUNCTION implausible_beyond_limits(text, text[], timestamptz[]) IS
+  'Which of some readings in history break a hard limit, with code and detail.';
+COMMENT ON FUNCTION hold_device(text, text) IS
+  'Hold off ingest of one device until the transaction ends.';
 COMMENT ON FUNCTION hold_ingest(text) IS
   'Hold off ingest of a class until the transaction ends.';
 COMMENT ON FUNCTION reset_live(text, text, timestamptz) IS

@@ -32,11 +32,22 @@ from hypothesis.stateful import (
 from psycopg.rows import dict_row
 
 from conftest import Clock
-from energy_platform import database, fleet, schema
-from energy_platform.errors import ConflictError
+from energy_platform import corrections, database, fleet, schema
+from energy_platform.errors import ConflictError, NotFoundError, UnprocessableError
 from energy_platform.ingest import OUTCOMES, Writer
 from energy_platform.readings import AHEAD_MAX, TimeLimits, decode_array
-from oracle import Assignment, Device, Reading, Story, differ, local_edges, utc
+from energy_platform.settings import Settings
+from oracle import (
+    BEGIN_OF_TIME,
+    Assignment,
+    Device,
+    Reading,
+    Story,
+    differ,
+    hour_of,
+    local_edges,
+    utc,
+)
 
 TICK = timedelta(microseconds=1)
 MINUTE = timedelta(minutes=1)
@@ -75,6 +86,9 @@ class WrongAnswer(AssertionError):
     """The product says something else than the oracle."""
 
 
+Key = tuple[str, datetime]
+
+
 class Said(NamedTuple):
     """One reading as a device says it; `extra` is the voltage, or charge and temperature."""
 
@@ -85,7 +99,7 @@ class Said(NamedTuple):
     extra: tuple[float, ...]
 
     @property
-    def key(self) -> tuple[str, datetime]:
+    def key(self) -> Key:
         return self.device_id, self.ts
 
     @property
@@ -152,7 +166,8 @@ class Stage:
         """Everything that a life leaves behind, but for what migrate made."""
         self.db.execute(
             "TRUNCATE meter_telemetry_history, vehicle_telemetry_history, meter_live_status,"
-            " vehicle_live_status, charging_assignment, meter, vehicle, quarantine, job_run"
+            " vehicle_live_status, charging_assignment, meter, vehicle, quarantine, job_run,"
+            " correction, corrected_meter_reading, corrected_vehicle_reading, suspect_reading"
             " RESTART IDENTITY"
         )
         for rollup in reversed(ROLLUPS):
@@ -199,10 +214,6 @@ def class_of(device_id: str) -> str:
     return "meter" if device_id in METERS else "vehicle"
 
 
-def hour_of(at: datetime) -> datetime:
-    return at.replace(minute=0, second=0, microsecond=0)
-
-
 def midnight_of(at: datetime) -> datetime:
     return at.replace(hour=0, minute=0, second=0, microsecond=0)
 
@@ -219,10 +230,12 @@ class Life(RuleBasedStateMachine):
         self.stage.reset()
         self.stage.tally.lives += 1
         self.story = Story()
-        self.heard: dict[tuple[str, datetime], tuple[float, ...]] = {}
+        self.heard: dict[Key, list[tuple[float, ...]]] = {}  # all that is known under a key
+        self.valid: dict[Key, tuple[float, ...]] = {}  # and what counts
+        self.live: dict[str, datetime] = {}  # the newest that counts, of each device
         self.ids: dict[Assignment, int] = {}
         self.clock = Clock(self.era.begin + 3 * DAY)
-        self.kept = dict.fromkeys(CLASSES, datetime.min.replace(tzinfo=UTC))  # raw, since when
+        self.kept = dict.fromkeys(CLASSES, BEGIN_OF_TIME)  # raw, since when
         self.counters: dict[str, float] = {}
         self.runner = asyncio.Runner()
         self.open()
@@ -264,6 +277,8 @@ class Life(RuleBasedStateMachine):
         """Send one body; each outcome must be what the notebook says."""
         body = msgspec.json.encode([said.as_json(zone) for said in readings])
         expected = [self.tell(said) for said in readings]
+        for device in {said.device_id for said in readings}:
+            self.judge(device)
         batch = decode_array(body, self.limits, 10_000)
         outcomes = self.runner.run(self.writer.record(batch, len(body)))
         for said, outcome, wanted in zip(readings, outcomes, expected, strict=True):
@@ -281,25 +296,30 @@ class Life(RuleBasedStateMachine):
             return "rejected"
         known = self.heard.get(said.key)
         if known is not None:
-            return "duplicate" if known == said.values else "conflicting"
-        self.heard[said.key] = said.values
-        devices, readings = self.of_class(said.device_class)
-        devices.setdefault(said.device_id, Device("interval", 60))
-        celsius = said.extra[1] if said.device_class == "vehicle" else 0.0
-        readings.setdefault(said.device_id, {})[said.ts] = Reading(said.ts, said.kwh, celsius)
+            return "duplicate" if said.values in known else "conflicting"
+        self.keep(said)
         return "stored"
 
-    def of_class(
-        self, device_class: str
-    ) -> tuple[dict[str, Device], dict[str, dict[datetime, Reading]]]:
-        if device_class == "meter":
-            return self.story.meters, self.story.meter_readings
-        return self.story.vehicles, self.story.vehicle_readings
+    def judge(self, device: str) -> None:
+        device_class = class_of(device)
+        self.story.judge(device_class, device, self.kept[device_class])
+
+    def keep(self, said: Said) -> None:
+        """From now on the reading counts."""
+        self.heard.setdefault(said.key, []).append(said.values)
+        self.valid[said.key] = said.values
+        devices, readings = self.story.of_class(said.device_class)
+        devices.setdefault(said.device_id, Device("interval", 60))
+        soc, celsius = said.extra if said.device_class == "vehicle" else (0.0, 0.0)
+        readings.setdefault(said.device_id, {})[said.ts] = Reading(
+            said.ts, said.kwh, celsius, soc, self.clock()
+        )
+        self.live[said.device_id] = max(said.ts, self.live.get(said.device_id, said.ts))
 
     def say(self, rng: random.Random, device_id: str, ts: datetime) -> Said:
         """What this device would say: a register grows, stands still, is reset."""
         device_class = class_of(device_id)
-        devices, _ = self.of_class(device_class)
+        devices, _ = self.story.of_class(device_class)
         kwh = rng.choice([0.0, 0.125, 0.5, 7.25, 100.375])
         if device_id in devices and devices[device_id].kind == "register":
             if rng.random() < 0.06:
@@ -409,7 +429,7 @@ class Life(RuleBasedStateMachine):
         keys = sorted(self.heard)
         for key in rng.sample(keys, min(6, len(keys))):
             device, ts = key
-            kwh, *extra = self.heard[key]
+            kwh, *extra = rng.choice(self.heard[key])
             same = Said(class_of(device), device, ts, kwh, tuple(extra))
             other = same._replace(kwh=kwh + 0.125)
             also_other = same._replace(extra=(extra[0] + 1, *extra[1:]))
@@ -425,6 +445,101 @@ class Life(RuleBasedStateMachine):
         self.post(body)
         self.check(rng, *(r.ts for r in body))
 
+    # ---- corrections ----------------------------------------------------------------------------
+
+    @rule(
+        seed=SEEDS, device=DEVICES, at=INSTANTS, span=st.sampled_from([TICK, HOUR, 5 * HOUR, DAY]),
+        action=st.sampled_from(["void", "replace"]), again=st.booleans(),
+    )  # fmt: skip
+    def correct(
+        self, seed: int, device: str, at: timedelta, span: timedelta, action: str, again: bool
+    ) -> None:
+        """Readings of a device are taken out, or others put in their place; perhaps told twice."""
+        rng = random.Random(seed)
+        self.stage.tally.steps += 1
+        since = self.era.begin + at
+        mine = [ts for name, ts in sorted(self.valid) if name == device]
+        if mine and rng.random() < 0.7:
+            since = rng.choice(mine)
+        until = since + span
+        found = {ts: self.valid[device, ts] for ts in mine if since <= ts < until}
+        said = []
+        if action == "replace":
+            ats = {
+                *rng.sample(sorted(found), len(found) // 2),
+                since + rng.randrange(span // TICK) * TICK,
+            }
+            said = [self.say(rng, device, at) for at in sorted(ats)]
+            if found and rng.random() < 0.5:  # some stay as they are
+                ts, (kwh, *extra) = rng.choice(sorted(found.items()))
+                said = [s for s in said if s.ts != ts]
+                said.append(Said(class_of(device), device, ts, kwh, tuple(extra)))
+        self._correct(action, device, since, until, found, said)
+        if again:
+            found = {s.ts: s.values for s in said} if action == "replace" else {}
+            self._correct(action, device, since, until, found, said)
+        self.check(rng, since, until, *found)
+
+    def _correct(
+        self,
+        action: Any,
+        device: str,
+        since: datetime,
+        until: datetime,
+        found: dict[datetime, tuple[float, ...]],
+        said: list[Said],
+    ) -> None:
+        """Have it corrected, or be refused as it must be."""
+        device_class = class_of(device)
+        wanted = {s.ts: s.values for s in said}
+        gone = [ts for ts in found if found[ts] != wanted.get(ts)]
+        new = [s for s in said if found.get(s.ts) != s.values]
+        was_heard = any(name == device and since <= ts < until for name, ts in self.heard)
+        is_known = device in self.story.of_class(device_class)[0]
+        refusal: type[Exception] | None = None
+        if since < self.limits.earliest or any(s.ts > self.clock() + AHEAD_MAX for s in said):
+            refusal = UnprocessableError
+        elif (not gone and not new and not was_heard) or (new and not found and not is_known):
+            refusal = NotFoundError
+        request = corrections.CorrectionRequest(
+            action=action,
+            reason="the story wants it",
+            **{f"{device_class}_id": device},  # type: ignore[arg-type]
+            since=since,
+            until=until,
+            readings=[msgspec.Raw(msgspec.json.encode(s.as_json(None))) for s in said]
+            if action == "replace"
+            else None,
+        )
+        now = self.clock()
+        try:
+            made = self.runner.run(
+                corrections.correct(
+                    self.pool, request, made_by="a test", now=now,
+                    late_window=now - self.limits.earliest, refresh_end=HOUR,
+                )
+            )  # fmt: skip
+        except (UnprocessableError, NotFoundError) as error:
+            if refusal is not type(error):
+                raise self.wrong(f"correct {device} {since} .. {until}: {error!r}") from error
+            return
+        if refusal or (made.voided, made.stored) != (len(gone), len(new)):
+            raise self.wrong(f"correct {device} {since} .. {until}: {made}, not {gone}, {new}")
+        readings = self.story.of_class(device_class)[1].setdefault(device, {})
+        for ts in gone:
+            del readings[ts], self.valid[device, ts]
+        for reading in new:
+            self.keep(reading)
+        self.judge(device)
+        # The live row is the newest raw reading, unless it is newer than all that was corrected.
+        changed = [*gone, *(s.ts for s in new)]
+        if changed and self.live.get(device, max(changed)) <= max(changed):
+            left = [ts for ts in readings if ts >= self.kept[device_class]]
+            if left:
+                self.live[device] = max(left)
+            else:
+                self.live.pop(device, None)
+
     # ---- the fleet ------------------------------------------------------------------------------
 
     @rule(seed=SEEDS, device=DEVICES, kind=KINDS, seconds=SECONDS)
@@ -436,7 +551,7 @@ class Life(RuleBasedStateMachine):
 
     def _declare(self, device: str, kind: Any, seconds: int | None) -> None:
         device_class = class_of(device)
-        devices, _ = self.of_class(device_class)
+        devices, _ = self.story.of_class(device_class)
         was = devices.get(device, Device("interval", 60))
         devices[device] = Device(kind or was.kind, seconds or was.interval_seconds)
         struct: Any = fleet.Meter if device_class == "meter" else fleet.Vehicle
@@ -444,6 +559,7 @@ class Life(RuleBasedStateMachine):
             kind or msgspec.UNSET, timedelta(seconds=seconds) if seconds else msgspec.UNSET
         )
         self.runner.run(fleet.put_device(self.pool, struct, device, declaration))
+        self.judge(device)
 
     @rule(
         seed=SEEDS, meter=st.sampled_from(METERS), vehicle=st.sampled_from(VEHICLES),
@@ -574,6 +690,8 @@ class Life(RuleBasedStateMachine):
         for run in schema.run_due_jobs(self.db, self.clock, run_all=run_all):
             if not run.succeeded:
                 raise self.wrong(f"{run.job_name} failed: {run.error}")
+            if run.job_name == "sweep_expired":
+                self.sweep()
         self.check(random.Random(seed))
 
     @rule(seed=SEEDS, number=st.integers(0, 9))
@@ -589,8 +707,17 @@ class Life(RuleBasedStateMachine):
             for job in schema.fetch_job_status(self.db)
             if job.job != "policy_retention" and job.relation not in erasing
         ]
-        self.db.execute("CALL run_job(%s)", (jobs[number % len(jobs)].job_id,))
+        job = jobs[number % len(jobs)]
+        self.db.execute("CALL run_job(%s)", (job.job_id,))
+        if job.job == "sweep_expired":
+            self.sweep()
         self.check(random.Random(seed))
+
+    def sweep(self) -> None:
+        """Flags are kept as long as hourly rollups are, by the real clock."""
+        kept = datetime.now(UTC) - Settings().retention.hourly_retention
+        for key, flagged in self.story.flagged.items():
+            self.story.flagged[key] = {ts for ts in flagged if ts >= kept}
 
     @rule(
         seed=SEEDS, device_class=st.sampled_from(CLASSES), days=st.sampled_from([1, 2]),
@@ -599,7 +726,7 @@ class Life(RuleBasedStateMachine):
     def drop(self, seed: int, device_class: str, days: int, rolled: bool) -> None:
         """Retention: what the gate allows, mostly because it was just rolled up."""
         self.stage.tally.steps += 1
-        _, readings = self.of_class(device_class)
+        _, readings = self.story.of_class(device_class)
         kept = self.kept[device_class]
         raw = [ts for known in readings.values() for ts in known if ts >= kept]
         until = midnight_of(min(raw, default=self.era.begin)) + days * DAY
@@ -608,7 +735,7 @@ class Life(RuleBasedStateMachine):
                 self._refresh(f"{device_class}_hourly", None, until)
             # A refresh may leave an hour of its window dirty (2.28.3): then the gate waits.
             unrolled = self.db.execute(
-                "SELECT unrolled_readings(%s, %s)", (device_class, until)
+                "SELECT unrolled_hours(%s, %s)", (device_class, until)
             ).fetchone()
             if unrolled == (0,):
                 self.db.execute(
@@ -715,6 +842,8 @@ class Life(RuleBasedStateMachine):
             vehicle = rng.choice(VEHICLES)
             since, until = rng.choice(SHAPES)(rng, at, rng.choice(pool))
             self.question(vehicle, since, until)
+            if number == 0:
+                self.question_fleet(since, until)
 
     def check_live(self) -> None:
         for device_class, columns in (
@@ -724,11 +853,11 @@ class Life(RuleBasedStateMachine):
             rows = self.db.execute(f"SELECT {device_class}_id, ts, {columns}"
                                    f" FROM {device_class}_live_status")  # fmt: skip
             live = {device: (ts, *values) for device, ts, *values in rows}
-            newest = {
-                device: max(known) for device, known in self.of_class(device_class)[1].items()
-                if known
-            }  # fmt: skip
-            wanted = {d: (ts, *self.heard[d, ts]) for d, ts in newest.items()}
+            wanted = {
+                device: (ts, *self.valid[device, ts])
+                for device, ts in self.live.items()
+                if class_of(device) == device_class
+            }
             if live != wanted:
                 raise self.wrong(f"live {live}, not {wanted}")
 
@@ -757,6 +886,23 @@ class Life(RuleBasedStateMachine):
         if lost:
             raise self.wrong(f"{vehicle} {since} .. {until} is answered, but raw rows are gone")
         self.compare(rows[0] if rows else None, vehicle, since, until)
+
+    def question_fleet(self, since: datetime, until: datetime) -> None:
+        """The same of all vehicles at once."""
+        lost = any(self.lost_hours(vehicle, since, until) for vehicle in self.story.vehicles)
+        try:
+            rows = self.fetch("SELECT * FROM fleet_performance_v1(%s, %s)", (since, until))
+        except psycopg.DatabaseError as error:
+            if error.sqlstate != "ENR01" or not lost:
+                raise self.wrong(f"fleet {since} .. {until}: {error!r}") from error
+            return
+        if lost:
+            raise self.wrong(f"fleet {since} .. {until} is answered, but raw rows are gone")
+        by_vehicle = {row["vehicle_id"]: row for row in rows}
+        if by_vehicle.keys() != self.story.vehicles.keys():
+            raise self.wrong(f"the fleet is {sorted(by_vehicle)}")
+        for vehicle, row in by_vehicle.items():
+            self.compare(row, vehicle, since, until)
 
     def compare(
         self, row: dict[str, Any] | None, vehicle: str, since: datetime, until: datetime
@@ -852,6 +998,14 @@ TOURS: dict[str, tuple[str, Steps]] = {
             ("unassign", {"number": 1}),
             ("assign", {"meter": "m-15min", "vehicle": "v-1min", "since": _at(30), "span": DAY}),
             ("declare", {"device": "m-15min", "kind": "register", "seconds": None}),
+            ("correct", {"device": "m-15min", "at": _at(36), "span": 5 * HOUR, "action": "void",
+                         "again": True}),
+            ("change_store", {"device_class": "meter", "number": 1, "function": "compress"}),
+            ("correct", {"device": "m-1s", "at": _at(30), "span": HOUR, "action": "replace",
+                         "again": True}),
+            ("correct", {"device": "v-1min", "at": _at(57), "span": 5 * HOUR, "action": "void",
+                         "again": False}),
+            ("repeat", {}),
             ("restart", {}),
             ("run_jobs", {"run_all": False}),
             *[("run_policy", {"number": number}) for number in range(8)],

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -17,6 +16,9 @@ from psycopg.rows import dict_row
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
+
+
+BEGIN_OF_TIME = datetime.min.replace(tzinfo=UTC)
 
 
 class Reading(NamedTuple):
@@ -54,6 +56,46 @@ class Story:
         self.assignments: list[Assignment] = []
         self.meter_readings: dict[str, dict[datetime, Reading]] = {}
         self.vehicle_readings: dict[str, dict[datetime, Reading]] = {}
+        self.flagged: dict[tuple[str, str], set[datetime]] = {}  # suspects, by class and device
+
+    def of_class(
+        self, device_class: str
+    ) -> tuple[dict[str, Device], dict[str, dict[datetime, Reading]]]:
+        if device_class == "meter":
+            return self.meters, self.meter_readings
+        return self.vehicles, self.vehicle_readings
+
+    def judge(self, device_class: str, device: str, kept: datetime = BEGIN_OF_TIME) -> None:
+        """Tell anew which of a device's readings are suspect, after they or it have changed.
+
+        Raw rows from before `kept` are dropped: what only they could tell stays as it was.
+        """
+        devices, by_device = self.of_class(device_class)
+        readings = by_device.get(device, {})
+        was = self.flagged.get((device_class, device), set())
+        dropped = max((ts for ts in readings if ts < kept), default=None)
+        suspects = {ts for ts in was if ts in readings and ts < kept}
+        before: Reading | None = None
+        for ts in sorted(ts for ts in readings if ts >= kept):
+            reading = readings[ts]
+            if before is not None:
+                has_battery = device_class == "vehicle"
+                is_suspect = bool(
+                    implausible(reading, before, devices[device], has_battery=has_battery)
+                )
+            else:
+                is_known = dropped is None or hour_of(dropped) + HOUR <= ts - timedelta(days=10)
+                is_suspect = not is_known and ts in was
+            if is_suspect:
+                suspects.add(ts)
+            before = reading
+        self.flagged[device_class, device] = suspects
+
+    def _count_suspects(
+        self, device_class: str, device: str, since: datetime, until: datetime
+    ) -> int:
+        flagged = self.flagged.get((device_class, device), set())
+        return sum(since <= ts < until for ts in flagged)
 
     def performance(
         self, vehicle_id: str, since: datetime, until: datetime
@@ -68,9 +110,7 @@ class Story:
         metered = Fraction(0)
         ac_readings = 0
         promised = Fraction(0)
-        suspect = _suspects(
-            self.vehicle_readings.get(vehicle_id, {}), vehicle, since, until, has_battery=True
-        )
+        suspect = self._count_suspects("vehicle", vehicle_id, since, until)
         for assignment in self.assignments:
             if assignment.vehicle_id != vehicle_id:
                 continue
@@ -83,10 +123,7 @@ class Story:
             mine = [kwh for reading, kwh in fed if begin <= reading.ts < end]
             ac = (ac or Fraction(0)) + sum(mine, Fraction(0))
             ac_readings += len(mine)
-            suspect += _suspects(
-                self.meter_readings.get(assignment.meter_id, {}), meter, begin, end,
-                has_battery=False,
-            )  # fmt: skip
+            suspect += self._count_suspects("meter", assignment.meter_id, begin, end)
             promised += _seconds(end - begin) / Fraction(meter.interval_seconds)
             metered += sum(
                 (kwh for reading, kwh in in_window if begin <= reading.ts < end), Fraction(0)
@@ -284,6 +321,10 @@ def local_edges(
     return [*edges, until]
 
 
+def hour_of(at: datetime) -> datetime:
+    return at.replace(minute=0, second=0, microsecond=0)
+
+
 def _steps(readings: dict[datetime, Reading], kind: str) -> list[tuple[Reading, Fraction]]:
     """Each reading, by ts, with the energy that it speaks of."""
     steps = []
@@ -299,23 +340,6 @@ def _steps(readings: dict[datetime, Reading], kind: str) -> list[tuple[Reading, 
         steps.append((readings[ts], step))
         previous = value
     return steps
-
-
-def _suspects(
-    readings: dict[datetime, Reading],
-    device: Device,
-    since: datetime,
-    until: datetime,
-    *,
-    has_battery: bool,
-) -> int:
-    """How many readings in since <= ts < until are implausible after the one before them."""
-    instants = sorted(readings)
-    return sum(
-        bool(implausible(readings[ts], readings[before], device, has_battery=has_battery))
-        for before, ts in pairwise(instants)
-        if since <= ts < until
-    )
 
 
 def implausible(
@@ -392,6 +416,7 @@ class World(Story):
             (device, kind, timedelta(seconds=seconds)),
         )
         self.db.execute("SELECT judge_range(%s, %s, '-infinity', 'infinity')", (table, device))
+        self.judge(table, device)
 
     def assign(
         self, meter_id: str, vehicle_id: str, since: datetime, until: datetime | None = None
@@ -433,6 +458,7 @@ class World(Story):
 
     def _judge(self, device_class: str, device: str, new: list[Reading]) -> None:
         """Have the new readings judged, as the writer does."""
+        self.judge(device_class, device)
         if new:
             self.db.execute(
                 "SELECT judge_inserted(%s, array_fill(%s::text, ARRAY[%s]), %s)",

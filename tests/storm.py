@@ -24,8 +24,8 @@ from conftest import Clock
 from energy_platform import database, fleet
 from energy_platform.ingest import Writer
 from energy_platform.readings import TimeLimits, decode_array
-from lifecycle import DAY, HOUR, MINUTE, ROLLUPS, TICK, Said, WrongAnswer, hour_of
-from oracle import Assignment, Device, Reading, Story, differ
+from lifecycle import DAY, HOUR, MINUTE, ROLLUPS, TICK, Said, WrongAnswer
+from oracle import Assignment, Device, Reading, Story, differ, hour_of
 
 SLOTS = 48  # readings of a device: as many as a float8 can add up without loss
 UNCERTAIN_MAX = 10  # readings on their way that concern one answer; else it is not judged

@@ -10,9 +10,8 @@ import httpx
 import psycopg
 import pytest
 
-from conftest import LONG, NOON, Clock, StartService
+from conftest import NOON, Clock, StartService
 from oracle import Reading, World, counter, every, utc
-from test_lifecycle import BEGIN, Life
 from test_performance import GAPS, VERDICTS
 
 DAY = utc(2026, 2, 10)
@@ -27,62 +26,6 @@ def world(db: psycopg.Connection[Any]) -> World:
 
 
 # ---- figures ------------------------------------------------------------------------------------
-
-
-class FleetLife(Life):
-    """A life in which the whole fleet is asked about; two of its vehicles have never been heard."""
-
-    def __init__(self, db: psycopg.Connection[Any], seed: int) -> None:
-        super().__init__(db, seed)
-        self.world.add_vehicle("silent", "register")
-        self.world.assign(
-            self.world.add_meter("m-silent", "register"),
-            self.world.add_vehicle("fed in silence"),
-            self.instant(BEGIN, BEGIN + 48 * HOUR),
-        )
-        self.answered = self.refused = 0
-
-    def ask(self) -> None:
-        since, until = sorted(self.instant(BEGIN - HOUR, self.end + HOUR) for _ in range(2))
-        if self.random.random() < 0.5:
-            until = since + self.random.choice([20 * MINUTE, 2 * HOUR, 7 * HOUR])
-        if since < until:
-            self.check(since, until)
-
-    def ask_whole_hours(self) -> None:
-        hours = (self.end - BEGIN) // HOUR
-        first = BEGIN + HOUR * self.random.randrange(hours)
-        self.check(first, first + HOUR * self.random.randrange(1, hours + 1))
-
-    def check(self, since: datetime, until: datetime) -> None:
-        lost = any(
-            hour < self.kept[device_class]
-            for vehicle in self.world.vehicles
-            for device_class, hour in self.world.cut_hours(vehicle, since, until)
-        )
-        if not lost:
-            self.world.check_fleet(since, until)
-            self.answered += 1
-            return
-        with pytest.raises(psycopg.DatabaseError) as refused:
-            self.world.fetch_fleet(since, until)
-        assert refused.value.sqlstate == "ENR01"
-        oldest = refused.value.diag.message_detail
-        assert oldest is not None
-        assert datetime.fromisoformat(oldest) == max(self.kept.values())
-        self.refused += 1
-
-
-@pytest.mark.parametrize("seed", range(100, 140 if LONG else 103))
-def test_the_fleet_is_all_of_its_vehicles(db: psycopg.Connection[Any], seed: int) -> None:
-    life = FleetLife(db, seed)
-    try:
-        life.live(120 if LONG else 60)
-    except (AssertionError, psycopg.Error) as error:
-        error.add_note("after " + "\n  ".join(life.steps))
-        raise
-    assert life.answered > 50
-    assert life.refused > 0
 
 
 def test_registers_step_from_their_last_reading_however_long_ago(world: World) -> None:

@@ -73,7 +73,9 @@ def test_the_reader_reads_what_is_documented_and_nothing_else(db: psycopg.Connec
     for right in ("DELETE", "TRUNCATE"):
         assert allowed("energy_ingest", right) == set()
     assert executable("energy_ingest") == ARITHMETIC | {
-        "judge_inserted", "plausible_kwh", "plausible_change", "clock_hours_behind",
+        "judge_inserted", "implausible_beyond_limits", "readings_to_judge", "reading_before",
+        "declared_device", "implausibilities", "plausible_kwh", "plausible_change",
+        "clock_hours_behind",
     }  # fmt: skip
 
 

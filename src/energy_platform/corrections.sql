@@ -7,7 +7,7 @@ SELECT hold_ingest(%(device_class)s)
 SET LOCAL timescaledb.max_tuples_decompressed_per_dml_transaction = 0
 
 -- name: fetch_meter_range
--- What is stored in a range, by time, and whether anything there was corrected before.
+-- What is stored in a range, by time.
 SELECT ts, kwh_consumed_ac, voltage FROM meter_telemetry_history
 WHERE meter_id = %(device_id)s AND ts >= %(since)s AND ts < %(until)s
 ORDER BY ts LIMIT %(limit)s

@@ -71,7 +71,8 @@ def is_transient(error: psycopg.Error) -> bool:
 def is_unavailable(error: Exception) -> bool:
     """Whether the database is gone, starting, stopping or out of resources.
 
-    Class 08 connection, 53 resources, 57P shutdown; a lost connection has no SQLSTATE at all.
+    Class 08 connection, 53 resources, 55P03 a lock that was not to be had in time, 57P shutdown; a
+    lost connection has no SQLSTATE at all.
     """
     if isinstance(error, PoolTimeout | PoolClosed | TimeoutError | ConnectionError):
         return True
@@ -80,7 +81,7 @@ def is_unavailable(error: Exception) -> bool:
     state = error.sqlstate
     if state is None:
         return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-    return state.startswith(("08", "53", "57P", "58"))
+    return state.startswith(("08", "53", "55P03", "57P", "58"))
 
 
 @contextmanager
@@ -119,7 +120,9 @@ async def fetch_rows(
 
     async def fetch(connection: AsyncConnection[Any]) -> list[Row]:
         async with connection.cursor(row_factory=class_row(row_type)) as cursor:
-            await cursor.execute(query, parameters)
+            # Planned for its parameters: a filter that is not asked for is one plan, and one that
+            # is another.
+            await cursor.execute(query, parameters, prepare=False)
             return await cursor.fetchall()
 
     return await read(pool, fetch)

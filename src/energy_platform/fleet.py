@@ -108,21 +108,32 @@ async def put_device(
         "reporting_interval": interval or None,
     }
     noun = _NOUN[kind]
+    device = {"device_class": noun, "device_id": device_id}
     async with database.transaction(pool) as connection:
-        # What is plausible for it may be otherwise now, and no reading may be judged meanwhile.
+        # What is judged by the old declaration is committed before the new one is.
+        await connection.execute(_SQL["hold_ingest"], device)
         cursor = await connection.execute(_SQL[f"changes_{noun}"], parameters)
         is_changed = await cursor.fetchone() is not None
-        if is_changed:
-            await connection.execute(_SQL["hold_ingest"], {"device_class": noun})
         cursor = await connection.execute(_SQL[f"put_{noun}"], parameters)
         row = await cursor.fetchone()
-        if is_changed:
-            await connection.execute(
-                _SQL["judge_device"], {"device_class": noun, "device_id": device_id}
-            )
     assert row is not None
     energy_kind, reporting_interval, made = row
+    if is_changed:
+        await _judge_again(pool, device)
     return kind(device_id, energy_kind, reporting_interval), made
+
+
+async def _judge_again(pool: database.Pool, device: dict[str, Any]) -> None:
+    """What is plausible for a device may be otherwise now: judge its past, a chunk at a time."""
+    async with pool.connection() as connection:
+        cursor = await connection.execute(_SQL["fetch_raw_chunks"], device)
+        chunks = await cursor.fetchall()
+    for since, until in chunks:
+        async with database.transaction(pool) as connection:
+            await connection.execute(_SQL["hold_device"], device)
+            await connection.execute(
+                _SQL["judge_range"], {**device, "since": since, "until": until}
+            )
 
 
 async def fetch_devices(

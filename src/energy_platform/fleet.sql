@@ -34,8 +34,16 @@ WHERE vehicle_id = %(device_id)s
 -- name: hold_ingest
 SELECT hold_ingest(%(device_class)s)
 
--- name: judge_device
-SELECT judge_range(%(device_class)s, %(device_id)s, '-infinity', 'infinity')
+-- name: hold_device
+SELECT hold_device(%(device_class)s, %(device_id)s)
+
+-- name: fetch_raw_chunks
+SELECT range_start, range_end FROM timescaledb_information.chunks
+WHERE hypertable_schema = 'public' AND hypertable_name = %(device_class)s || '_telemetry_history'
+ORDER BY range_start
+
+-- name: judge_range
+SELECT judge_range(%(device_class)s, %(device_id)s, %(since)s, %(until)s)
 
 -- name: fetch_meters
 -- One device by its id, or a page of them in the order of their ids.

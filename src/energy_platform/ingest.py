@@ -33,7 +33,6 @@ from energy_platform.readings import (
 
 Outcome = Literal["stored", "duplicate", "conflicting", "rejected"]
 OUTCOMES: Final[tuple[Outcome, ...]] = ("stored", "duplicate", "conflicting", "rejected")
-Verdict = Outcome | Rejection  # what becomes of a reading, or why it is rejected
 
 TRANSACTION_READINGS_MAX: Final = 20_000
 ATTEMPTS_MAX: Final = 5  # of a transaction that deadlocks or cannot be serialized
@@ -286,9 +285,13 @@ class Writer:
                 )
             try:
                 async with connection.transaction():
-                    verdicts = await _store(connection, lane, received_at, is_repeated)
-                self._settle(lane, verdicts)
+                    outcomes = await _store(connection, lane, received_at, is_repeated)
+                self._settle(lane, outcomes)
                 return connection
+            except _Refused as refused:  # each time at least one more, so this comes to an end
+                return await self._write_lane(
+                    connection, _without(lane, refused.reasons), received_at
+                )
             except (psycopg.DataError, psycopg.IntegrityError) as error:
                 return await self._write_halves(connection, lane, received_at, error)
             except (psycopg.Error, _RaceLost) as error:
@@ -322,13 +325,12 @@ class Writer:
         refusal = Rejection("refused", "$", str(error).strip(), item.reading.device_id)
         return await self._write_lane(connection, [item._replace(reading=refusal)], received_at)
 
-    def _settle(self, lane: list[Item], verdicts: list[Verdict]) -> None:
+    def _settle(self, lane: list[Item], outcomes: list[Outcome]) -> None:
         self.transactions += 1
         self.transaction_readings += len(lane)
-        for (submission, position, reading), verdict in zip(lane, verdicts, strict=True):
-            refused = verdict if isinstance(verdict, Rejection) else reading
-            submission.readings[position] = refused
-            submission.outcomes[position] = _outcome(verdict)
+        for (submission, position, reading), outcome in zip(lane, outcomes, strict=True):
+            submission.readings[position] = reading  # or why it was refused
+            submission.outcomes[position] = outcome
             submission.undecided -= 1
             if not submission.undecided and not submission.done.done():
                 submission.done.set_result(None)
@@ -349,36 +351,55 @@ class _RaceLost(Exception):
     """A reading was neither inserted nor is it visible: run the transaction again."""
 
 
-def _outcome(verdict: Verdict) -> Outcome:
-    return "rejected" if isinstance(verdict, Rejection) else verdict
+class _Refused(Exception):
+    """Readings break a hard limit: run the transaction again without them."""
+
+    def __init__(self, reasons: dict[int, Rejection]) -> None:
+        super().__init__()
+        self.reasons = reasons  # by place in the lane
+
+
+def _without(lane: list[Item], reasons: Mapping[int, Rejection]) -> list[Item]:
+    """The lane with refusals in place of readings; what repeats a key is refused with the first."""
+    by_key = {
+        (reading.device_id, reading.ts): reason
+        for place, reason in reasons.items()
+        if not isinstance(reading := lane[place].reading, Rejection)
+    }
+
+    def settle(item: Item) -> Item:
+        reading = item.reading
+        if isinstance(reading, Rejection):
+            return item
+        return item._replace(reading=by_key.get((reading.device_id, reading.ts), reading))
+
+    return [settle(item) for item in lane]
 
 
 async def _store(
     connection: AsyncConnection[Any], lane: list[Item], received_at: datetime, is_repeated: bool
-) -> list[Verdict]:
-    """The statements of one transaction; returns the verdict on each item."""
-    verdicts: list[Verdict] = [
-        reading if isinstance(reading, Rejection) else "stored" for *_, reading in lane
-    ]
+) -> list[Outcome]:
+    """The statements of one transaction; returns the outcome of each item. Raises: _Refused."""
+    outcomes: list[Outcome] = ["rejected"] * len(lane)
     for struct, kind in _KINDS.items():
         readings = {
             i: reading for i, (*_, reading) in enumerate(lane) if isinstance(reading, struct)
         }
         if readings:
             settled = await _store_kind(connection, kind, readings, received_at, is_repeated)
-            for i, verdict in settled.items():
-                verdicts[i] = verdict
+            for i, outcome in settled.items():
+                outcomes[i] = outcome
     unfit = [
-        item._replace(reading=verdict) if isinstance(verdict, Rejection) else item
-        for item, verdict in zip(lane, verdicts, strict=True)
-        if _outcome(verdict) in ("rejected", "conflicting") and item.submission.keep_unfit
+        item
+        for item, outcome in zip(lane, outcomes, strict=True)
+        if outcome in ("rejected", "conflicting") and item.submission.keep_unfit
     ]
     if unfit:
         columns = quarantine_columns(unfit, received_at)
         await connection.execute(
             _SQL["quarantine_payloads"], {**columns, "is_repeated": is_repeated}
         )
-    return verdicts
+    return outcomes
 
 
 async def _store_kind(
@@ -387,13 +408,16 @@ async def _store_kind(
     readings: Mapping[int, Reading],
     received_at: datetime,
     is_repeated: bool,
-) -> dict[int, Verdict]:
-    """Store readings of one kind, by their place in the lane; returns the verdict on each place."""
+) -> dict[int, Outcome]:
+    """Store readings of one kind, by their place in the lane; returns the outcome of each place.
+
+    Raises: _Refused.
+    """
     # A key that comes twice in a statement is settled here: the first by position is the first.
     firsts: dict[tuple[str, datetime], int] = {}
     for place, reading in readings.items():
         firsts.setdefault((reading.device_id, reading.ts), place)
-    verdicts: dict[int, Verdict] = dict.fromkeys(readings, "stored")
+    outcomes: dict[int, Outcome] = dict.fromkeys(readings, "stored")
     unique = list(firsts.values())
     columns = transpose([readings[place] for place in unique], kind.columns)
     cursor = await connection.execute(kind.insert, {**columns, "received_at": received_at})
@@ -401,12 +425,11 @@ async def _store_kind(
     doubtful: list[int] = []
     for position, is_stored in await cursor.fetchall():
         (doubtful if is_stored else losers).append(unique[position - 1])
-    if not losers and not doubtful and len(unique) == len(readings):
-        return verdicts
-
     if doubtful:
-        stored = set(unique) - set(losers)
-        verdicts.update(await _judge(connection, kind, readings, stored, doubtful))
+        await _judge(connection, kind, readings, set(unique) - set(losers), doubtful)
+    if not losers and len(unique) == len(readings):
+        return outcomes
+
     # What is known under a key: the values of the reading that was inserted, or what was there.
     known = {place: {readings[place].values} for place in unique}
     if losers:
@@ -415,18 +438,13 @@ async def _store_kind(
             known[place] = {values for values, _ in rows[place]}
             # The same received_at: an earlier attempt of this very transaction was committed.
             if not (is_repeated and any(at == received_at for _, at in rows[place])):
-                verdicts[place] = "duplicate"
+                outcomes[place] = "duplicate"
     for place, reading in readings.items():
         first = firsts[reading.device_id, reading.ts]
-        if place == first and verdicts[place] != "duplicate":
-            continue
-        if reading.values not in known[first]:
-            verdicts[place] = "conflicting"
-        elif isinstance(refusal := verdicts[first], Rejection):
-            verdicts[place] = refusal
-        else:
-            verdicts[place] = "duplicate"
-    return verdicts
+        if place != first or outcomes[place] != "stored":
+            is_same = reading.values in known[first]
+            outcomes[place] = "duplicate" if is_same else "conflicting"
+    return outcomes
 
 
 async def _judge(
@@ -435,8 +453,8 @@ async def _judge(
     readings: Mapping[int, Reading],
     stored: Collection[int],
     doubtful: Collection[int],
-) -> dict[int, Rejection]:
-    """Have implausible readings flagged; returns the refusal of those that broke a hard limit.
+) -> None:
+    """Have implausible readings flagged. Raises: _Refused for those that break a hard limit.
 
     With a doubtful reading all of its device's are judged: once it is refused, they follow another.
     """
@@ -447,11 +465,14 @@ async def _judge(
         "device_ids": [readings[place].device_id for place in places],
         "ts": [readings[place].ts for place in places],
     }
-    cursor = await connection.execute(_SQL["judge_inserted"], keys)
-    return {
+    cursor = await connection.execute(_SQL["fetch_refusals"], keys)
+    reasons = {
         (place := places[position - 1]): Rejection(code, "$", detail, readings[place].device_id)
         for position, code, detail in await cursor.fetchall()
     }
+    if reasons:
+        raise _Refused(reasons)
+    await connection.execute(_SQL["judge_inserted"], keys)
 
 
 async def _fetch_known(

@@ -6,7 +6,8 @@
 --
 -- Returns positions (from 1): of those that were not inserted, and of those that were, but have to be
 -- judged: late ones, and ones that do not fit to the reading before them, which is of this batch or was
--- the live row. The tests here may only be stricter than those of implausibilities().
+-- the live row; all of a device where another writer has moved its live row since the snapshot. The
+-- tests here may only be stricter than those of implausibilities().
 WITH incoming AS MATERIALIZED (
   SELECT * FROM unnest(
     %(meter_id)s::text[], %(ts)s::timestamptz[], %(kwh_consumed_ac)s::float8[], %(voltage)s::float8[])
@@ -25,33 +26,37 @@ WITH incoming AS MATERIALIZED (
   FROM stored ORDER BY meter_id, ts DESC
   ON CONFLICT (meter_id) DO UPDATE
   SET ts = excluded.ts, kwh_consumed_ac = excluded.kwh_consumed_ac, voltage = excluded.voltage,
-      received_at = excluded.received_at
+      received_at = excluded.received_at, previous_ts = live.ts
   WHERE live.ts < excluded.ts
-  RETURNING meter_id, xmax = 0 AS first_heard
+  RETURNING meter_id, previous_ts, xmax = 0 AS first_heard
 ), registered AS (
   INSERT INTO meter (meter_id) SELECT meter_id FROM live WHERE first_heard ORDER BY meter_id
   ON CONFLICT DO NOTHING
 ), paired AS (
   SELECT s.meter_id, s.ts, s.kwh_consumed_ac AS kwh, was.ts > s.ts AS is_late,
+         live.previous_ts IS DISTINCT FROM was.ts AS is_raced,
          coalesce(lag(s.ts) OVER w, was.ts) AS previous_ts,
          coalesce(lag(s.kwh_consumed_ac) OVER w, was.kwh_consumed_ac) AS previous_kwh,
          coalesce(lag(s.received_at) OVER w, was.received_at) AS previous_received_at
   FROM stored s LEFT JOIN meter_live_status was ON was.meter_id = s.meter_id
+  LEFT JOIN live ON live.meter_id = s.meter_id
   WINDOW w AS (PARTITION BY s.meter_id, was.ts > s.ts ORDER BY s.ts)
 ), judged AS (
   SELECT p.meter_id, p.ts,
-         p.is_late
+         p.is_late OR p.is_raced
          OR p.ts <= %(received_at)s - INTERVAL '58 minutes'
             AND clock_hours_behind(p.ts, %(received_at)s, p.previous_ts, p.previous_received_at) > 0
-         OR p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') AND NOT (
-           p.kwh - p.previous_kwh BETWEEN 0 AND plausible_kwh(l.power, p.ts - p.previous_ts, '0')
+         OR (p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') OR p.kwh > l.step) AND NOT (
+           p.kwh >= p.previous_kwh
+           AND coalesce(p.kwh - p.previous_kwh
+                        <= plausible_kwh(l.power, p.ts - p.previous_ts, '0'), true)
            AND coalesce(p.kwh - p.previous_kwh <= l.step, true)
            AND EXISTS (SELECT FROM meter d
                        WHERE d.meter_id = p.meter_id AND d.energy_kind = 'register'))
          AS is_doubtful
   FROM paired p CROSS JOIN (
     SELECT least(power_kw_soft, power_kw_hard) AS power, least(step_kwh_soft, step_kwh_hard) AS step
-    FROM plausibility_limit WHERE device_class = 'meter') l
+    FROM (VALUES ('meter')) AS c (device_class) LEFT JOIN plausibility_limit USING (device_class)) l
 )
 SELECT i.position, j.ts IS NOT NULL AS is_stored
 FROM incoming i LEFT JOIN judged j ON j.meter_id = i.meter_id AND j.ts = i.ts
@@ -80,28 +85,33 @@ WITH incoming AS MATERIALIZED (
   FROM stored ORDER BY vehicle_id, ts DESC
   ON CONFLICT (vehicle_id) DO UPDATE
   SET ts = excluded.ts, soc = excluded.soc, kwh_delivered_dc = excluded.kwh_delivered_dc,
-      battery_temp = excluded.battery_temp, received_at = excluded.received_at
+      battery_temp = excluded.battery_temp, received_at = excluded.received_at,
+      previous_ts = live.ts
   WHERE live.ts < excluded.ts
-  RETURNING vehicle_id, xmax = 0 AS first_heard
+  RETURNING vehicle_id, previous_ts, xmax = 0 AS first_heard
 ), registered AS (
   INSERT INTO vehicle (vehicle_id) SELECT vehicle_id FROM live WHERE first_heard ORDER BY vehicle_id
   ON CONFLICT DO NOTHING
 ), paired AS (
   SELECT s.vehicle_id, s.ts, s.kwh_delivered_dc AS kwh, s.soc, s.battery_temp, was.ts > s.ts AS is_late,
+         live.previous_ts IS DISTINCT FROM was.ts AS is_raced,
          coalesce(lag(s.ts) OVER w, was.ts) AS previous_ts,
          coalesce(lag(s.kwh_delivered_dc) OVER w, was.kwh_delivered_dc) AS previous_kwh,
          coalesce(lag(s.soc) OVER w, was.soc) AS previous_soc,
          coalesce(lag(s.battery_temp) OVER w, was.battery_temp) AS previous_temp,
          coalesce(lag(s.received_at) OVER w, was.received_at) AS previous_received_at
   FROM stored s LEFT JOIN vehicle_live_status was ON was.vehicle_id = s.vehicle_id
+  LEFT JOIN live ON live.vehicle_id = s.vehicle_id
   WINDOW w AS (PARTITION BY s.vehicle_id, was.ts > s.ts ORDER BY s.ts)
 ), judged AS (
   SELECT p.vehicle_id, p.ts,
-         p.is_late
+         p.is_late OR p.is_raced
          OR p.ts <= %(received_at)s - INTERVAL '58 minutes'
             AND clock_hours_behind(p.ts, %(received_at)s, p.previous_ts, p.previous_received_at) > 0
-         OR p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') AND NOT (
-           p.kwh - p.previous_kwh BETWEEN 0 AND plausible_kwh(l.power, p.ts - p.previous_ts, '0')
+         OR (p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') OR p.kwh > l.step) AND NOT (
+           p.kwh >= p.previous_kwh
+           AND coalesce(p.kwh - p.previous_kwh
+                        <= plausible_kwh(l.power, p.ts - p.previous_ts, '0'), true)
            AND coalesce(p.kwh - p.previous_kwh <= l.step, true)
            AND EXISTS (SELECT FROM vehicle d
                        WHERE d.vehicle_id = p.vehicle_id AND d.energy_kind = 'register'))
@@ -112,16 +122,20 @@ WITH incoming AS MATERIALIZED (
     SELECT least(power_kw_soft, power_kw_hard) AS power, least(step_kwh_soft, step_kwh_hard) AS step,
            least(soc_rate_soft, soc_rate_hard) AS soc_rate,
            least(temp_rate_soft, temp_rate_hard) AS temp_rate
-    FROM plausibility_limit WHERE device_class = 'vehicle') l
+    FROM (VALUES ('vehicle')) AS c (device_class) LEFT JOIN plausibility_limit USING (device_class)) l
 )
 SELECT i.position, j.ts IS NOT NULL AS is_stored
 FROM incoming i LEFT JOIN judged j ON j.vehicle_id = i.vehicle_id AND j.ts = i.ts
 WHERE j.ts IS NULL OR j.is_doubtful
 
--- name: judge_inserted
--- Flag what is suspect among readings just inserted; returns those that broke a hard limit and are gone.
-SELECT position, code, detail FROM judge_inserted(
+-- name: fetch_refusals
+-- Which of the readings just inserted break a hard limit, by position.
+SELECT position, code, detail FROM implausible_beyond_limits(
   %(device_class)s, %(device_ids)s::text[], %(ts)s::timestamptz[])
+
+-- name: judge_inserted
+-- Flag what is suspect among readings just inserted.
+SELECT judge_inserted(%(device_class)s, %(device_ids)s::text[], %(ts)s::timestamptz[])
 
 -- name: fetch_meter_readings
 -- What is stored under these keys, or was until a correction took it out, by position. A statement of its

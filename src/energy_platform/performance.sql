@@ -1,10 +1,17 @@
 -- name: fetch_performance
--- One row, or none where the vehicle was never heard of. Its meaning is in sql/30_performance.sql.
-SELECT * FROM vehicle_performance_v1(%(vehicle_id)s, %(since)s, %(until)s)
+-- One row, or none where the vehicle was never heard of. Its meaning is in sql/30_performance.sql. Columns
+-- are named, so that one more does not trouble a service that does not know it.
+SELECT vehicle_id, since, until, total_kwh_consumed_ac, total_kwh_delivered_dc, efficiency_ratio,
+       average_battery_temp, metered_kwh_delivered_dc, ac_readings, dc_readings, ac_coverage,
+       dc_coverage, verdict, suspect_readings
+FROM vehicle_performance_v1(%(vehicle_id)s, %(since)s, %(until)s)
 
 -- name: fetch_series
 -- A row a bucket, in order; none where the vehicle was never heard of.
-SELECT * FROM vehicle_performance_series_v1(
+SELECT vehicle_id, since, until, total_kwh_consumed_ac, total_kwh_delivered_dc, efficiency_ratio,
+       average_battery_temp, metered_kwh_delivered_dc, ac_readings, dc_readings, ac_coverage,
+       dc_coverage, verdict, suspect_readings
+FROM vehicle_performance_series_v1(
   %(vehicle_id)s, %(since)s, %(until)s, %(bucket)s, %(time_zone)s)
 
 -- name: fetch_fleet
@@ -12,7 +19,10 @@ SELECT * FROM vehicle_performance_series_v1(
 -- empty. The same sums come out a last digit apart once an hour is rolled up, so the order is that of
 -- ratios rounded to what the answers promise: a page then begins where the one before it ended.
 WITH fleet AS MATERIALIZED (
-  SELECT *, efficiency_ratio IS NULL AS is_last,
+  SELECT vehicle_id, since, until, total_kwh_consumed_ac, total_kwh_delivered_dc, efficiency_ratio,
+         average_battery_temp, metered_kwh_delivered_dc, ac_readings, dc_readings, ac_coverage,
+         dc_coverage, verdict, suspect_readings,
+         efficiency_ratio IS NULL AS is_last,
          coalesce(round(efficiency_ratio::numeric, 9), 0) AS rank
   FROM fleet_performance_v1(%(since)s, %(until)s)
 ), totals AS (

@@ -212,7 +212,7 @@ SELECT kept, oldest FROM (
   SELECT max((j.config ->> 'drop_after')::interval) AS kept, min(c.oldest) AS oldest
   FROM timescaledb_information.jobs j
   LEFT JOIN timescaledb_information.continuous_aggregates a
-    ON a.materialization_hypertable_name = j.hypertable_name
+    ON j.hypertable_name IN (a.view_name, a.materialization_hypertable_name)
   LEFT JOIN LATERAL (
     SELECT min(range_start) AS oldest FROM timescaledb_information.chunks
     WHERE hypertable_name = coalesce(a.materialization_hypertable_name, j.hypertable_name)) c ON true

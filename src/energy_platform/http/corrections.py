@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from litestar import Request, Response, Router, get, post
 from litestar.di import NamedDependency
-from litestar.params import FromPath, QueryParameter
+from litestar.params import PathParameter, QueryParameter
 
 from energy_platform import corrections
 from energy_platform.http.access import require
@@ -19,6 +19,8 @@ from energy_platform.http.parameters import (
     page_of,
 )
 from energy_platform.http.service import Service
+
+CorrectionId = Annotated[int, PathParameter(ge=1, lt=2**62, description="id of the correction")]
 
 
 @post("/corrections", summary="Void or replace a reading, or a device's readings of some time")
@@ -59,7 +61,7 @@ async def list_corrections(
 @get("/corrections/{correction_id:int}/readings", summary="The readings that it took out")
 async def list_corrected_readings(
     service: NamedDependency[Service],
-    correction_id: FromPath[int],
+    correction_id: CorrectionId,
     limit: Limit = 100,
     cursor: Cursor = None,
 ) -> Page[corrections.CorrectedReading]:

@@ -102,8 +102,7 @@ def decode_instant_cursor(cursor: str | None) -> datetime | None:
     if key is None:
         return None
     try:
-        instant = datetime.fromisoformat(key)
-        return instant.astimezone(UTC) if instant.tzinfo else None
+        return datetime.fromisoformat(key).astimezone(UTC)
     except (ValueError, OverflowError):
         raise _bad("cursor", "use nextCursor of the page before, as it is") from None
 

@@ -1,6 +1,6 @@
 """/v1/limits and /v1/suspects: what devices can do, and the readings that say otherwise."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from litestar import Request, Router, get, put
 from litestar.di import NamedDependency
@@ -33,7 +33,9 @@ async def list_limits(service: NamedDependency[Service]) -> list[plausibility.Li
 async def put_limits(
     service: NamedDependency[Service],
     request: Request[Any, Any, Any],
-    device_class: Annotated[str, PathParameter(description="meter or vehicle")],
+    device_class: Annotated[
+        Literal["meter", "vehicle"], PathParameter(description="whose limits they are")
+    ],
 ) -> plausibility.Limits:
     wanted = await decode_body(request, plausibility.LimitsRequest)
     return await plausibility.put_limits(service.write_pool, device_class, wanted)

@@ -476,8 +476,14 @@ class Life(RuleBasedStateMachine):
                 said.append(Said(class_of(device), device, ts, kwh, tuple(extra)))
         self._correct(action, device, since, until, found, said)
         if again:
-            found = {s.ts: s.values for s in said} if action == "replace" else {}
-            self._correct(action, device, since, until, found, said)
+            left = {ts: self.valid[device, ts] for name, ts in self.valid
+                    if name == device and since <= ts < until}  # fmt: skip
+            self._correct(action, device, since, until, left, said)
+        # What was taken out is sent again, and stays out.
+        self.post([
+            Said(class_of(device), device, ts, kwh, tuple(extra))
+            for ts, (kwh, *extra) in sorted(found.items())[:3]
+        ])  # fmt: skip
         self.check(rng, since, until, *found)
 
     def _correct(

@@ -31,6 +31,9 @@ class Mutation(NamedTuple):
 
 ROLLUP = "sql/10_rollup.sql"
 MEASURES = "sql/20_measures.sql"
+PLAUSIBILITY = "sql/25_plausibility.sql"
+CHANGES = "sql/26_changes.sql"
+FLEET = "sql/36_fleet.sql"
 ANSWER = "sql/30_performance.sql"
 DIRTY = """    FROM aggregate
     JOIN _timescaledb_catalog.continuous_aggs_{log}_invalidation_log
@@ -65,6 +68,40 @@ MUTATIONS = {
     "a cut in dropped raw rows is not refused": Mutation(
         MEASURES, "IF readings > 0 THEN", "IF false THEN", tour="retention"
     ),
+    # What was corrected, and what cannot be.
+    "what was voided is stored again": Mutation(
+        WRITER,
+        "WHERE NOT EXISTS (\n    SELECT FROM corrected",
+        "WHERE true OR EXISTS (\n    SELECT FROM corrected",
+        2,
+        tour="another fleet",
+    ),
+    "the live row stays when its reading is voided": Mutation(
+        CHANGES, "AND l.ts > until) THEN", "AND true) THEN", 2, tour="another fleet"
+    ),
+    "a reading that follows a late one is not judged again": Mutation(
+        PLAUSIBILITY,
+        "coalesce(public.next_reading_ts(device_class, device, until), until)",
+        "until",
+    ),
+    "no reading is judged": Mutation(
+        WRITER, "WHERE j.ts IS NULL OR j.is_doubtful", "WHERE j.ts IS NULL", 2
+    ),
+    "suspects of a meter count while it feeds another": Mutation(
+        ANSWER,
+        "public.suspect_count('meter', piece.meter_id, piece.since, piece.until)",
+        "public.suspect_count('meter', piece.meter_id, window_since, window_until)",
+        tour="another fleet",
+    ),
+    "the fleet forgets who fed whom": Mutation(
+        FLEET,
+        "ON s.device_id = u.meter_id AND s.ts >= u.since AND s.ts < u.until",
+        "ON s.device_id = u.meter_id",
+        tour="another fleet",
+    ),
+    "the fleet's registers begin at zero": Mutation(
+        FLEET, "public.fleet_before(device_class, s.device, s.run_since, hours.rolled)", "NULL"
+    ),
     # What a device measured.
     "the end of a raw piece is part of it": Mutation(
         MEASURES, "h.ts >= since AND h.ts < until;", "h.ts >= since AND h.ts <= until;", 2
@@ -96,10 +133,10 @@ MUTATIONS = {
         MEASURES, "previous_kwh := public.register_before(device_class, device, since);", "NULL;"
     ),
     "the step into a window is sought for ten days": Mutation(
-        MEASURES, "raw_reached := until;", "RETURN NULL;", tour="silence"
+        MEASURES, "  reached := until;", "RETURN NULL;", tour="silence"
     ),
     "the step into a window ignores what is not rolled up": Mutation(
-        MEASURES, "IF NOT isempty(chunks) THEN", "IF false THEN", tour="silence"
+        MEASURES, "IF since < reached THEN", "IF false THEN", tour="silence"
     ),
     "the step into a window is sought for 400 days": Mutation(
         MEASURES,
@@ -139,14 +176,14 @@ MUTATIONS = {
     ),
     # What may go.
     "the gate of retention is open": Mutation(
-        "sql/50_policies.sql", "  RETURN missing;", "  RETURN 0;", tour="retention"
+        "sql/50_policies.sql", "  RETURN unrolled;", "  RETURN 0;", tour="retention"
     ),
     # What is written.
     "the newest to arrive is live": Mutation(WRITER, "  WHERE live.ts < excluded.ts\n", "", 2),
     "a conflicting reading takes the place": Mutation(
         WRITER,
-        "FROM incoming ORDER BY meter_id, ts\n  ON CONFLICT DO NOTHING",
-        "FROM incoming ORDER BY meter_id, ts\n  ON CONFLICT (meter_id, ts)"
+        "ORDER BY meter_id, ts\n  ON CONFLICT DO NOTHING",
+        "ORDER BY meter_id, ts\n  ON CONFLICT (meter_id, ts)"
         " DO UPDATE SET kwh_consumed_ac = excluded.kwh_consumed_ac",
     ),
     "the oldest of a body is live": Mutation(

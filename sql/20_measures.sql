@@ -132,7 +132,15 @@ BEGIN
     IF rolled.hour IS NULL OR NOT dirty @> rolled.hour THEN
       RETURN rolled.kwh;
     END IF;
-    until := rolled.hour;  -- all that it held was taken out by corrections
+    -- All that it held was taken out by corrections, and perhaps all of the hours before it.
+    SELECT r INTO piece FROM unnest(public.raw_dirty_hours(
+      device_class, since - INTERVAL '40 days', since + INTERVAL '1 hour')) r WHERE r @> since;
+    found_kwh := public.raw_before(device_class, device, lower(piece), since);
+    IF found_kwh IS NOT NULL THEN
+      RETURN found_kwh;
+    END IF;
+    until := lower(piece);
+    reached := least(reached, until);
   END LOOP;
 END $$;
 

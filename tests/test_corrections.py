@@ -1,6 +1,9 @@
 """Does a correction change every answer at once, keep what was there, and hold for ever?"""
 
 import json
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -310,6 +313,45 @@ def test_what_a_correction_changed_is_rolled_up_before_retention(
         assert db.execute(unrolled, (MIDNIGHT,)).fetchone() == (0,)
 
 
+@pytest.mark.server
+def test_who_reads_the_audit_holds_nobody(fleet: httpx.Client, dsn: str) -> None:
+    """pg_dump and analysts read these tables for as long as they like."""
+    with psycopg.connect(dsn) as reader:
+        reader.execute("SELECT FROM corrected_meter_reading, meter_live_status")
+        correct(fleet, action="void", meterId="M", timestamp=iso(MIDNIGHT))
+        assert fleet.put("/v1/meters/M", json={"energyKind": "register"}).status_code == 200
+        assert post(fleet, [meter(NOON, 1.0)])["stored"] == 1
+
+
+@pytest.mark.server
+def test_a_voided_reading_does_not_come_back_by_a_race(
+    fleet: httpx.Client, db: Db, start_service: StartService
+) -> None:
+    """While it is voided, others send it again, by a process of their own."""
+    instants = [MIDNIGHT + timedelta(minutes=10 * i) for i in range(60)]
+    other = start_service()
+    stop = threading.Event()
+    outcomes: Counter[str] = Counter()
+
+    def send_again() -> None:
+        with httpx.Client(base_url=other.base_url, timeout=60) as client:
+            while not stop.is_set():
+                account = post(client, [meter(ts, 1.0) for ts in instants])
+                outcomes.update({k: account[k] for k in ("stored", "duplicate", "conflicting")})
+
+    with ThreadPoolExecutor(2) as pool:
+        senders = [pool.submit(send_again) for _ in range(2)]
+        for ts in instants:
+            correct(fleet, action="void", meterId="M", timestamp=iso(ts))
+        stop.set()
+        for sender in senders:
+            sender.result()
+    assert outcomes["stored"] == outcomes["conflicting"] == 0
+    assert outcomes["duplicate"] > 0
+    left = "SELECT count(*) FROM meter_telemetry_history WHERE ts = ANY (%s)"
+    assert db.execute(left, (instants,)).fetchone() == (0,)
+
+
 def test_the_command_line_corrects_too(
     dsn: str, db: Db, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -334,8 +376,9 @@ def test_the_command_line_corrects_too(
     assert "--reason" in capsys.readouterr().err
     assert cli.main(["correct", "void", *which[2:]]) == cli.WRONG_USE
     assert "meterId or vehicleId" in capsys.readouterr().err
-    right.write_text("{")
+    right.write_text("\n{")
     assert cli.main(["correct", "replace", str(right), *which]) == cli.WRONG_USE
+    assert "Line 2 is no JSON" in capsys.readouterr().err
     window = ["--since", iso(ts - HOUR), "--until", iso(ts + HOUR), "--reason", "broken"]
     assert cli.main(["correct", "void", "--meter", "M", *window]) == cli.DONE
     assert db.execute("SELECT count(*) FROM meter_telemetry_history").fetchone() == (0,)

@@ -1,5 +1,6 @@
 """Is what cannot be recognised and named: refused over a hard limit, flagged over a soft one?"""
 
+import asyncio
 import itertools
 import random
 from datetime import datetime, timedelta
@@ -10,6 +11,8 @@ import psycopg
 import pytest
 
 from conftest import NOON, Clock
+from energy_platform.ingest import Writer
+from energy_platform.readings import Batch, MeterReading
 from oracle import Device, Reading, implausible
 
 Db = psycopg.Connection[Any]
@@ -269,3 +272,89 @@ def test_a_register_that_repeats_its_value_and_clock_is_a_duplicate(api: httpx.C
     post(api, meter(BEGIN, 7.0), meter(BEGIN + MINUTE, 7.5))
     account = post(api, *[meter(BEGIN + MINUTE, 7.5)] * 12)
     assert (account["stored"], account["duplicate"]) == (0, 12)
+
+
+def test_a_step_is_judged_after_a_long_gap_and_without_other_limits(
+    api: httpx.Client, db: Db, clock: Clock
+) -> None:
+    api.put("/v1/meters/M", json={"energyKind": "register"})
+    post(api, meter(BEGIN - 3 * HOUR, 100.0))
+    post(api, meter(BEGIN, 1400.0))  # 433 kW, but 1,300 kWh in one step
+    assert [code for _, code in flags(db)] == ["register_step"]
+    api.put("/v1/limits/meter", json={"powerKwSoft": None, "stepKwhHard": 2000})
+    account = post(api, meter(BEGIN + MINUTE, 900_000.0), meter(BEGIN + 2 * MINUTE, 1400.5))
+    assert [error["code"] for error in account["errors"]] == ["implausible_register_step"]
+    assert account["stored"] == 1
+
+
+def test_late_readings_that_are_refused_leave_the_columnstore_alone(
+    api: httpx.Client, db: Db
+) -> None:
+    """A body of many is taken, whatever is refused of it, and however the past is stored."""
+    devices = [f"M-{i}" for i in range(40)]
+    then = BEGIN - 8 * 24 * HOUR
+    for minute in range(3):
+        post(api, *({**meter(then + minute * MINUTE, 0.1), "meterId": d} for d in devices))
+    db.execute("SELECT compress_chunk(c) FROM show_chunks('meter_telemetry_history') c")
+    api.put("/v1/limits/meter", json={"powerKwHard": 500})
+    late = [{**meter(then + MINUTE / 2, 50.0), "meterId": d} for d in devices]
+    good = [{**meter(then + MINUTE / 3, 0.2), "meterId": d} for d in devices]
+    account = post(api, *late, *good)
+    assert (account["stored"], account["rejected"]) == (40, 40)
+
+
+def test_flags_are_swept_with_the_rollups_that_they_speak_of(db: Db) -> None:
+    for age, number in (("1200 days", 1), ("100 days", 2)):
+        db.execute(
+            "INSERT INTO suspect_reading (device_class, device_id, ts, code, detail)"
+            " VALUES ('meter', %s, now() - %s::interval, 'power', '')",
+            (f"M-{number}", age),
+        )
+    job = db.execute("SELECT job_id FROM job_status WHERE job = 'sweep_expired'").fetchone()
+    db.execute("CALL run_job(%s)", job)
+    assert db.execute("SELECT device_id FROM suspect_reading").fetchall() == [("M-2",)]
+
+
+def test_a_declaration_leaves_what_only_dropped_rows_could_tell(api: httpx.Client, db: Db) -> None:
+    long_ago = NOON - 300 * 24 * HOUR
+    post(api, *(meter(long_ago + i * MINUTE, 100.0) for i in range(4)), meter(BEGIN, 0.1))
+    assert len(flags(db)) == 3
+    db.execute("CALL refresh_continuous_aggregate('meter_hourly', NULL, %s)", (BEGIN,))
+    db.execute("SELECT drop_chunks('meter_telemetry_history', %s::timestamptz)", (BEGIN - HOUR,))
+    api.put("/v1/meters/M", json={"energyKind": "register"})
+    assert len(flags(db)) == 3
+
+
+@pytest.mark.server
+def test_writers_at_the_same_moment_flag_as_one(dsn: str, db: Db) -> None:
+    """One waits for the other's live row, and judges by what it finds then."""
+
+    def reading(minute: int, kwh: float) -> MeterReading:
+        return MeterReading("M", kwh, 230, NOON + minute * MINUTE)
+
+    async def race() -> None:
+        now = NOON + HOUR / 2
+        async with (
+            Writer(dsn, clock=lambda: now, refresh_end=HOUR) as one,
+            Writer(dsn, clock=lambda: now, refresh_end=HOUR) as other,
+        ):
+            await one.record(Batch([b"{}"], [reading(0, 0.1)]), 1)
+            blocker = await psycopg.AsyncConnection.connect(dsn)
+            await blocker.execute("SELECT FROM meter_live_status FOR UPDATE")
+            bodies = [(one, reading(18, 0.1)), (other, reading(19, 12.0))]
+            tasks = []
+            for writer, said in bodies:  # both have their snapshot, and wait
+                tasks.append(asyncio.create_task(writer.record(Batch([b"{}"], [said]), 1)))
+                await wait_for_waiting(len(tasks))
+            await blocker.rollback()
+            await blocker.close()
+            await asyncio.gather(*tasks)
+
+    async def wait_for_waiting(count: int) -> None:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        query += " AND datname = current_database()"
+        while db.execute(query).fetchone() != (count,):  # noqa: ASYNC110 (there is no event)
+            await asyncio.sleep(0.01)
+
+    asyncio.run(race())
+    assert [ts for ts, _ in flags(db)] == [NOON + 19 * MINUTE]

@@ -556,7 +556,11 @@ def run_correct(settings: Settings, arguments: argparse.Namespace) -> int:
     if arguments.action == "replace":
         is_piped = arguments.file == "-"
         text = sys.stdin.buffer.read() if is_piped else Path(arguments.file).read_bytes()
-        wish["readings"] = [msgspec.Raw(line) for line in text.splitlines() if line.strip()]
+        wish["readings"] = [
+            _decode_line(number, line)
+            for number, line in enumerate(text.splitlines(), 1)
+            if line.strip()
+        ]
     request = corrections.decode_request(msgspec.json.encode(wish))
 
     async def correct(dsn: str) -> corrections.MadeCorrection:
@@ -584,6 +588,13 @@ def run_correct(settings: Settings, arguments: argparse.Namespace) -> int:
             f"in. Every answer has changed; the rollups {rollups}."
         )
     return DONE
+
+
+def _decode_line(number: int, line: bytes) -> Any:
+    try:
+        return msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SetupError(f"Line {number} is no JSON: {error}.", hint="one reading a line") from None
 
 
 COMMANDS: Final[dict[str, Command]] = {

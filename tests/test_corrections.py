@@ -1,5 +1,6 @@
 """Does a correction change every answer at once, keep what was there, and hold for ever?"""
 
+import contextlib
 import json
 import threading
 from collections import Counter
@@ -255,6 +256,8 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
      "late window"),
     ({"action": "void", "meterId": "M", "timestamp": iso(NOON), "readings": []}, 422,
      "invalid_body", "replace"),
+    ({"action": "replace", "meterId": "M", "timestamp": iso(NOON), "readings": []}, 422,
+     "invalid_body", "at least one"),
     ({"action": "replace", "meterId": "M", "timestamp": iso(NOON)}, 422, "invalid_body",
      "readings"),
     ({"action": "replace", "meterId": "M", "timestamp": iso(NOON), "readings": [{}]}, 422, "no_id",
@@ -350,6 +353,30 @@ def test_a_voided_reading_does_not_come_back_by_a_race(
     assert outcomes["duplicate"] > 0
     left = "SELECT count(*) FROM meter_telemetry_history WHERE ts = ANY (%s)"
     assert db.execute(left, (instants,)).fetchone() == (0,)
+
+
+@pytest.mark.server
+def test_a_correction_beside_refreshes_is_told_as_made(fleet: httpx.Client, dsn: str) -> None:
+    """Another refresh may be in the way of ours; what is committed is never called lost."""
+    stop = threading.Event()
+
+    def refresh() -> None:
+        call = "CALL refresh_continuous_aggregate(%s, NULL, NULL)"
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            while not stop.is_set():
+                for rollup in ("vehicle_hourly", "vehicle_daily"):
+                    with contextlib.suppress(psycopg.Error):  # ours may be in its way, too
+                        connection.execute(call, (rollup,))
+
+    with ThreadPoolExecutor(1) as pool:
+        refresher = pool.submit(refresh)
+        try:
+            for i in range(60):
+                ts = iso(MIDNIGHT + timedelta(minutes=10 * i))
+                assert correct(fleet, action="void", vehicleId="V", timestamp=ts)["voided"] == 1
+        finally:
+            stop.set()
+        refresher.result()
 
 
 def test_the_command_line_corrects_too(

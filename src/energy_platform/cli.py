@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import getpass
+import gzip
 import itertools
 import os
 import signal
@@ -529,7 +530,9 @@ def add_correct_arguments(parser: argparse.ArgumentParser) -> None:
     void = actions.add_parser("void", help="take readings out of history")
     replace = actions.add_parser("replace", help="put other readings in their place")
     replace.add_argument(
-        "file", help="the readings as they are sent to ingest, one a line; - for standard input"
+        "file",
+        help="the readings as they are sent to ingest, one a line, plain or .gz; - for standard "
+        "input",
     )
     for action in (void, replace):
         _add_settings(action, "correct")
@@ -556,6 +559,8 @@ def run_correct(settings: Settings, arguments: argparse.Namespace) -> int:
     if arguments.action == "replace":
         is_piped = arguments.file == "-"
         text = sys.stdin.buffer.read() if is_piped else Path(arguments.file).read_bytes()
+        if text.startswith(b"\x1f\x8b"):  # as `export` writes it
+            text = gzip.decompress(text)
         wish["readings"] = [
             _decode_line(number, line)
             for number, line in enumerate(text.splitlines(), 1)

@@ -5,14 +5,16 @@ a voided reading that is sent again is a duplicate. It is one transaction, with 
 held off for as long as it takes; then the hours that changed are rolled up again.
 """
 
+import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 import psycopg
 from psycopg import AsyncConnection
+from psycopg_pool import PoolTimeout
 
 from energy_platform import database
 from energy_platform.errors import NotFoundError, Rejection, UnprocessableError
@@ -33,6 +35,8 @@ _SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
 
 READINGS_MAX: Final = 100_000  # that one correction takes out or puts in
 ROLLED_UP_HOURS_MAX: Final = 48  # at once; of more, the next refresh takes care
+REFRESH_ATTEMPTS_MAX: Final = 4  # beside another refresh, which is over soon
+REFRESH_PAUSE_SECONDS: Final = 0.5
 HOUR: Final = timedelta(hours=1)
 DAY: Final = timedelta(days=1)
 INSTANT_STEP: Final = timedelta(microseconds=1)
@@ -40,8 +44,7 @@ INSTANT_STEP: Final = timedelta(microseconds=1)
 _COLUMNS: Final = {"meter": METER_COLUMNS, "vehicle": VEHICLE_COLUMNS}
 _READINGS: Final[dict[str, Any]] = {"meter": MeterReading, "vehicle": VehicleReading}
 
-# Words on one line; PostgreSQL's text would not hold a NUL.
-Reason = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f]{1,500}\Z")]
+REASON_CHARACTERS_MAX: Final = 500
 
 
 class CorrectionRequest(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
@@ -51,7 +54,7 @@ class CorrectionRequest(msgspec.Struct, rename="camel", forbid_unknown_fields=Tr
     """
 
     action: Literal["void", "replace"]
-    reason: Reason
+    reason: str
     meter_id: DeviceId | None = None
     vehicle_id: DeviceId | None = None
     timestamp: Instant | None = None
@@ -116,15 +119,21 @@ def check_request(request: CorrectionRequest, limits: TimeLimits) -> _Target:
     """Raises: UnprocessableError that says which field is wrong and how to mend it."""
     device_class, device_id = _device_of(request)
     since, until = _range_of(request)
+    # PostgreSQL's text would not hold a NUL, and a list of reasons no line feed.
+    is_line = not any(character < " " for character in request.reason)
+    if not is_line or not 0 < len(request.reason) <= REASON_CHARACTERS_MAX:
+        raise UnprocessableError(
+            f"reason is one line of 1 to {REASON_CHARACTERS_MAX} characters", code="invalid_body"
+        )
     if since < limits.earliest:
         raise UnprocessableError(
             f"The correction reaches behind the late window, which begins at "
             f"{limits.earliest.isoformat()}: what is older is not rolled up again.",
             code="too_late",
         )
-    if (request.readings is not None) != (request.action == "replace"):
+    if bool(request.readings) != (request.action == "replace") or request.readings == []:
         raise UnprocessableError(
-            "`replace` needs `readings`, and `void` has none", code="invalid_body"
+            "`replace` needs `readings`, at least one, and `void` has none", code="invalid_body"
         )
     readings: dict[datetime, Reading] = {}
     for index, raw in enumerate(request.readings or []):
@@ -318,18 +327,18 @@ async def _roll_up(
     days = {_floor(hour, DAY) for hour in hours if _floor(hour, DAY) + DAY <= rolled_until}
     pieces = [(f"{kind}_hourly", since, until) for since, until in _runs(hours, HOUR)]
     pieces += [(f"{kind}_daily", since, until) for since, until in _runs(days, DAY)]
-    try:
-        with database.storage_errors():
+    for attempt in range(REFRESH_ATTEMPTS_MAX):
+        try:
             async with pool.connection() as connection:
                 for rollup, since, until in pieces:
                     await connection.execute(
                         _SQL["refresh_rollup"], {"rollup": rollup, "since": since, "until": until}
                     )
-    except psycopg.Error as error:
-        if database.is_unavailable(error):
-            raise
-        return False
-    return True
+            return True
+        except (psycopg.Error, PoolTimeout):  # whatever it is, the correction is made
+            if attempt < REFRESH_ATTEMPTS_MAX - 1:
+                await asyncio.sleep(REFRESH_PAUSE_SECONDS)
+    return False
 
 
 def _floor(ts: datetime, step: timedelta) -> datetime:

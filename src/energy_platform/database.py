@@ -86,7 +86,7 @@ def is_unavailable(error: Exception) -> bool:
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Raise StorageError for a database that is not there; leave every other error as it is."""
+    """Raise StorageError where to ask again may help; leave every other error as it is."""
     try:
         yield
     except TooManyRequests as error:
@@ -94,6 +94,8 @@ def storage_errors() -> Iterator[None]:
     except Exception as error:
         if is_unavailable(error):
             raise StorageError from error
+        if isinstance(error, psycopg.Error) and is_transient(error):
+            raise StorageError("The database was busy with the same rows: ask again.") from error
         raise
 
 

@@ -162,11 +162,14 @@ async def fetch_live_page(
 
 
 async def fetch_live(pool: database.Pool, kind: type[Live], device_id: str, now: datetime) -> Live:
-    """The newest reading of one device. Raises: NotFoundError where it was never heard."""
+    """The newest reading of one device. Raises: NotFoundError where none is stored."""
     parameters = {"device_id": device_id, "after": None, "limit": 1, "now": now}
     rows = await database.fetch_rows(pool, _SQL[f"fetch_live_{_NOUN[kind]}s"], kind, parameters)
     if not rows:
-        raise _unknown(_NOUN[kind], device_id)
+        noun = _NOUN[kind]
+        raise NotFoundError(
+            f"No reading of {noun} {device_id!r} is stored here.", code=f"unknown_{noun}"
+        )
     return rows[0]
 
 

@@ -35,10 +35,11 @@ Outcome = Literal["stored", "duplicate", "conflicting", "rejected"]
 OUTCOMES: Final[tuple[Outcome, ...]] = ("stored", "duplicate", "conflicting", "rejected")
 
 TRANSACTION_READINGS_MAX: Final = 20_000
+REFUSALS_ROUNDS_MAX: Final = 20  # of a transaction that is run again without what is implausible
 ATTEMPTS_MAX: Final = 5  # of a transaction that deadlocks or cannot be serialized
 QUARANTINE_PAYLOAD_BYTES_MAX: Final = 65_536
 CONFLICTING: Final = Rejection(
-    "conflicting", "$", "the same device and instant are stored with other values"
+    "conflicting", "$", "the same device and instant are known with other values"
 )
 
 _log = logging.getLogger("energy_platform.ingest")
@@ -273,7 +274,11 @@ class Writer:
         return connection
 
     async def _write_lane(
-        self, connection: AsyncConnection[Any] | None, lane: list[Item], received_at: datetime
+        self,
+        connection: AsyncConnection[Any] | None,
+        lane: list[Item],
+        received_at: datetime,
+        rounds: int = 0,
     ) -> AsyncConnection[Any]:
         """One transaction, again where that may help, and in halves where the data is at fault."""
         reconnected = connection is None
@@ -289,9 +294,9 @@ class Writer:
                 self._settle(lane, outcomes)
                 return connection
             except _Refused as refused:  # each time at least one more, so this comes to an end
-                return await self._write_lane(
-                    connection, _without(lane, refused.reasons), received_at
-                )
+                rounds += 1
+                lane = _without(lane, refused.reasons, whole_keys=rounds > REFUSALS_ROUNDS_MAX)
+                return await self._write_lane(connection, lane, received_at, rounds)
             except (psycopg.DataError, psycopg.IntegrityError) as error:
                 return await self._write_halves(connection, lane, received_at, error)
             except (psycopg.Error, _RaceLost) as error:
@@ -359,19 +364,27 @@ class _Refused(Exception):
         self.reasons = reasons  # by place in the lane
 
 
-def _without(lane: list[Item], reasons: Mapping[int, Rejection]) -> list[Item]:
-    """The lane with refusals in place of readings; what repeats a key is refused with the first."""
+def _without(lane: list[Item], reasons: Mapping[int, Rejection], *, whole_keys: bool) -> list[Item]:
+    """The lane with refusals in place of readings, wherever the same reading is repeated.
+
+    Another reading of the same device and instant is judged for itself; but with `whole_keys` it
+    is refused with the first, so that a body full of such pairs comes to an end.
+    """
+
+    def key_of(reading: Reading) -> tuple[object, ...]:
+        key = reading.device_id, reading.ts
+        return key if whole_keys else (*key, reading.values)
+
     by_key = {
-        (reading.device_id, reading.ts): reason
+        key_of(reading): reason
         for place, reason in reasons.items()
         if not isinstance(reading := lane[place].reading, Rejection)
     }
 
     def settle(item: Item) -> Item:
-        reading = item.reading
-        if isinstance(reading, Rejection):
+        if isinstance(item.reading, Rejection):
             return item
-        return item._replace(reading=by_key.get((reading.device_id, reading.ts), reading))
+        return item._replace(reading=by_key.get(key_of(item.reading), item.reading))
 
     return [settle(item) for item in lane]
 

@@ -16,6 +16,9 @@ _SQL = database.load_queries(Path(__file__).with_suffix(".sql"))
 Limit = Annotated[float, msgspec.Meta(ge=0, le=1e12)] | msgspec.UnsetType | None
 
 
+_BATTERY_LIMITS = ("temp_rate_soft", "temp_rate_hard", "soc_rate_soft", "soc_rate_hard")
+
+
 class LimitsRequest(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
     """Limits to set; null takes one away, and what is left out stays."""
 
@@ -64,6 +67,10 @@ async def put_limits(pool: database.Pool, device_class: str, request: LimitsRequ
 
     Raises: NotFoundError for another class; UnprocessableError for a soft limit over its hard one.
     """
+    if device_class == "meter" and any(
+        getattr(request, name) is not msgspec.UNSET for name in _BATTERY_LIMITS
+    ):
+        raise UnprocessableError("a meter has no battery to limit", code="invalid_body")
     given = {
         name: value
         for name, value in msgspec.structs.asdict(request).items()

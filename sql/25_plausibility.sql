@@ -173,9 +173,9 @@ DECLARE
   declared record;
   soft public.plausibility_limit;
   previous_ts timestamptz;
-  first_ts timestamptz;
   last_ts timestamptz := until;
   dropped_hour timestamptz;  -- the last of the device whose raw rows are gone
+  untold_ts timestamptz;     -- of the reading that followed upon it, perhaps
 BEGIN
   IF isfinite(since) THEN
     previous_ts := (public.reading_before(device_class, device, since)).ts;
@@ -183,20 +183,18 @@ BEGIN
   IF isfinite(until) THEN
     last_ts := coalesce(public.next_reading_ts(device_class, device, until), until);
   END IF;
-  first_ts := since;
   IF previous_ts IS NULL THEN
     dropped_hour := public.last_dropped_hour(device_class, device);
-    SELECT r.ts INTO first_ts FROM public.readings_to_judge(device_class, device, since, last_ts) r
+    SELECT r.ts INTO untold_ts
+    FROM public.readings_to_judge(device_class, device, since, last_ts) r
     WHERE dropped_hour IS NOT NULL LIMIT 1;
-    IF first_ts < dropped_hour + INTERVAL '1 hour' + reach THEN
-      first_ts := first_ts + INTERVAL '1 microsecond';
-    ELSE
-      first_ts := since;
+    IF untold_ts >= dropped_hour + INTERVAL '1 hour' + reach THEN
+      untold_ts := NULL;
     END IF;
   END IF;
   DELETE FROM public.suspect_reading s
   WHERE s.device_class = judge_range.device_class AND s.device_id = device
-    AND s.ts >= first_ts AND s.ts <= last_ts
+    AND s.ts >= since AND s.ts <= last_ts AND s.ts IS DISTINCT FROM untold_ts
     AND (dropped_hour IS NULL OR s.ts >= dropped_hour + INTERVAL '1 hour');
   SELECT d.energy_kind, d.reporting_interval INTO declared
   FROM public.declared_device(device_class, device) d;
@@ -210,7 +208,7 @@ BEGIN
   CROSS JOIN LATERAL public.implausibilities(
     j.r, j.p, declared.energy_kind, declared.reporting_interval,
     soft.power_kw_soft, soft.step_kwh_soft, soft.temp_rate_soft, soft.soc_rate_soft) i
-  WHERE (j.r).ts >= first_ts
+  WHERE (j.r).ts >= since
   ON CONFLICT DO NOTHING;
 END $$;
 

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import random
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -22,6 +23,7 @@ from psycopg.rows import dict_row
 
 from conftest import Clock
 from energy_platform import database, fleet
+from energy_platform.errors import StorageError
 from energy_platform.ingest import Writer
 from energy_platform.readings import TimeLimits, decode_array
 from lifecycle import DAY, HOUR, MINUTE, ROLLUPS, TICK, Said, WrongAnswer
@@ -124,7 +126,10 @@ class Storm:
     async def declare(self, struct: Any, device_id: str, device: Device) -> None:
         kind: Any = device.kind
         declaration = fleet.Declaration(kind, timedelta(seconds=device.interval_seconds))
-        await fleet.put_device(self.pool, struct, device_id, declaration)
+        while True:
+            with suppress(StorageError):  # it waits five seconds for ingest, which may be held up
+                await fleet.put_device(self.pool, struct, device_id, declaration)
+                return
 
     async def change_fleet(self) -> None:
         """One change after the other, each a transaction: an end moves, a kind is another."""

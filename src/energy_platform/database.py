@@ -65,14 +65,13 @@ def open_pool(dsn: str, *, name: str, connections_max: int, waiting_max: int = 2
 
 def is_transient(error: psycopg.Error) -> bool:
     """Whether the same transaction may succeed when it is simply run again."""
-    return error.sqlstate in ("40001", "40P01")
+    return error.sqlstate in ("40001", "40P01", "55P03")  # 55P03: a lock was not to be had in time
 
 
 def is_unavailable(error: Exception) -> bool:
     """Whether the database is gone, starting, stopping or out of resources.
 
-    Class 08 connection, 53 resources, 55P03 a lock that was not to be had in time, 57P shutdown; a
-    lost connection has no SQLSTATE at all.
+    Class 08 connection, 53 resources, 57P shutdown; a lost connection has no SQLSTATE at all.
     """
     if isinstance(error, PoolTimeout | PoolClosed | TimeoutError | ConnectionError):
         return True
@@ -81,7 +80,7 @@ def is_unavailable(error: Exception) -> bool:
     state = error.sqlstate
     if state is None:
         return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-    return state.startswith(("08", "53", "55P03", "57P", "58"))
+    return state.startswith(("08", "53", "57P", "58"))
 
 
 @contextmanager
@@ -95,7 +94,9 @@ def storage_errors() -> Iterator[None]:
         if is_unavailable(error):
             raise StorageError from error
         if isinstance(error, psycopg.Error) and is_transient(error):
-            raise StorageError("The database was busy with the same rows: ask again.") from error
+            raise StorageError(
+                "The database was busy with the same rows; nothing was changed, so ask again."
+            ) from error
         raise
 
 

@@ -28,22 +28,22 @@ WITH incoming AS MATERIALIZED (
   SET ts = excluded.ts, kwh_consumed_ac = excluded.kwh_consumed_ac, voltage = excluded.voltage,
       received_at = excluded.received_at, previous_ts = live.ts
   WHERE live.ts < excluded.ts
-  RETURNING meter_id, previous_ts, xmax = 0 AS first_heard
+  RETURNING meter_id, xmax = 0 AS first_heard,
+            previous_ts IS DISTINCT FROM (
+              SELECT was.ts FROM meter_live_status was WHERE was.meter_id = live.meter_id) AS is_raced
 ), registered AS (
   INSERT INTO meter (meter_id) SELECT meter_id FROM live WHERE first_heard ORDER BY meter_id
   ON CONFLICT DO NOTHING
 ), paired AS (
   SELECT s.meter_id, s.ts, s.kwh_consumed_ac AS kwh, was.ts > s.ts AS is_late,
-         live.previous_ts IS DISTINCT FROM was.ts AS is_raced,
          coalesce(lag(s.ts) OVER w, was.ts) AS previous_ts,
          coalesce(lag(s.kwh_consumed_ac) OVER w, was.kwh_consumed_ac) AS previous_kwh,
          coalesce(lag(s.received_at) OVER w, was.received_at) AS previous_received_at
   FROM stored s LEFT JOIN meter_live_status was ON was.meter_id = s.meter_id
-  LEFT JOIN live ON live.meter_id = s.meter_id
   WINDOW w AS (PARTITION BY s.meter_id, was.ts > s.ts ORDER BY s.ts)
 ), judged AS (
   SELECT p.meter_id, p.ts,
-         p.is_late OR p.is_raced
+         p.is_late OR p.meter_id NOT IN (SELECT l.meter_id FROM live l WHERE NOT l.is_raced)
          OR p.ts <= %(received_at)s - INTERVAL '58 minutes'
             AND clock_hours_behind(p.ts, %(received_at)s, p.previous_ts, p.previous_received_at) > 0
          OR (p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') OR p.kwh > l.step) AND NOT (
@@ -88,24 +88,24 @@ WITH incoming AS MATERIALIZED (
       battery_temp = excluded.battery_temp, received_at = excluded.received_at,
       previous_ts = live.ts
   WHERE live.ts < excluded.ts
-  RETURNING vehicle_id, previous_ts, xmax = 0 AS first_heard
+  RETURNING vehicle_id, xmax = 0 AS first_heard,
+            previous_ts IS DISTINCT FROM (
+              SELECT was.ts FROM vehicle_live_status was WHERE was.vehicle_id = live.vehicle_id) AS is_raced
 ), registered AS (
   INSERT INTO vehicle (vehicle_id) SELECT vehicle_id FROM live WHERE first_heard ORDER BY vehicle_id
   ON CONFLICT DO NOTHING
 ), paired AS (
   SELECT s.vehicle_id, s.ts, s.kwh_delivered_dc AS kwh, s.soc, s.battery_temp, was.ts > s.ts AS is_late,
-         live.previous_ts IS DISTINCT FROM was.ts AS is_raced,
          coalesce(lag(s.ts) OVER w, was.ts) AS previous_ts,
          coalesce(lag(s.kwh_delivered_dc) OVER w, was.kwh_delivered_dc) AS previous_kwh,
          coalesce(lag(s.soc) OVER w, was.soc) AS previous_soc,
          coalesce(lag(s.battery_temp) OVER w, was.battery_temp) AS previous_temp,
          coalesce(lag(s.received_at) OVER w, was.received_at) AS previous_received_at
   FROM stored s LEFT JOIN vehicle_live_status was ON was.vehicle_id = s.vehicle_id
-  LEFT JOIN live ON live.vehicle_id = s.vehicle_id
   WINDOW w AS (PARTITION BY s.vehicle_id, was.ts > s.ts ORDER BY s.ts)
 ), judged AS (
   SELECT p.vehicle_id, p.ts,
-         p.is_late OR p.is_raced
+         p.is_late OR p.vehicle_id NOT IN (SELECT l.vehicle_id FROM live l WHERE NOT l.is_raced)
          OR p.ts <= %(received_at)s - INTERVAL '58 minutes'
             AND clock_hours_behind(p.ts, %(received_at)s, p.previous_ts, p.previous_received_at) > 0
          OR (p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') OR p.kwh > l.step) AND NOT (

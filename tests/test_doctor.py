@@ -587,8 +587,8 @@ def test_retention_that_is_held_says_why(patient: Patient) -> None:
     assert finding.problem == "held back: hold_retention has not let go of them yet"
     patient.db.execute(
         "INSERT INTO meter_telemetry_history"
-        " SELECT 'M-1', date_trunc('hour', %(now)s - INTERVAL '410 days') + i * INTERVAL '1 minute',"
-        "        1, 230, %(now)s"
+        " SELECT 'M-1', date_trunc('hour', %(now)s - INTERVAL '410 days')"
+        "                + i * INTERVAL '1 minute', 1, 230, %(now)s"
         " FROM generate_series(1, 7) i",
         {"now": patient.now},
     )

@@ -53,14 +53,16 @@ def post_batches(url: str, size: int, seconds: float, clients: int) -> float:
     def send(client_number: int) -> int:
         stored = body_number = 0
         with httpx.Client(base_url=url, timeout=60) as client:
+            name = f"B-{client_number}-{size}"
             while time.monotonic() < stop:
                 at = start + timedelta(seconds=body_number % 2900, microseconds=run + client_number)
                 instant = at.isoformat()
                 items = [
-                    f'{{"meterId":"B-{i}","kwhConsumedAc":1.5,"voltage":230,"timestamp":"{instant}"}}'
-                    if i % 2
-                    else f'{{"vehicleId":"B-{i}","soc":75,"kwhDeliveredDc":1.2,"batteryTemp":36,'
+                    f'{{"meterId":"{name}-{i}","kwhConsumedAc":1.5,"voltage":230,'
                     f'"timestamp":"{instant}"}}'
+                    if i % 2
+                    else f'{{"vehicleId":"{name}-{i}","soc":75,"kwhDeliveredDc":1.2,'
+                    f'"batteryTemp":36,"timestamp":"{instant}"}}'
                     for i in range(size)
                 ]
                 answer = client.post(

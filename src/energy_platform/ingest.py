@@ -290,6 +290,8 @@ class Writer:
                 )
             try:
                 async with connection.transaction():
+                    # Plans are kept for good, and perhaps were made when the fleet was small.
+                    await connection.execute("SET LOCAL enable_seqscan = off")
                     outcomes = await _store(connection, lane, received_at, is_repeated)
                 self._settle(lane, outcomes)
                 return connection

@@ -46,13 +46,17 @@ WITH incoming AS MATERIALIZED (
          p.is_late OR p.meter_id NOT IN (SELECT l.meter_id FROM live l WHERE NOT l.is_raced)
          OR p.ts <= %(received_at)s - INTERVAL '58 minutes'
             AND clock_hours_behind(p.ts, %(received_at)s, p.previous_ts, p.previous_received_at) > 0
-         OR (p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') OR p.kwh > l.step) AND NOT (
-           p.kwh >= p.previous_kwh
-           AND coalesce(p.kwh - p.previous_kwh
-                        <= plausible_kwh(l.power, p.ts - p.previous_ts, '0'), true)
-           AND coalesce(p.kwh - p.previous_kwh <= l.step, true)
-           AND EXISTS (SELECT FROM meter d
-                       WHERE d.meter_id = p.meter_id AND d.energy_kind = 'register'))
+         OR p.previous_ts IS NOT NULL
+            AND (p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') OR p.kwh > l.step)
+            AND NOT coalesce((
+              SELECT CASE d.energy_kind
+                WHEN 'register' THEN p.kwh >= p.previous_kwh
+                  AND coalesce(p.kwh - p.previous_kwh <= plausible_kwh(
+                        l.power, p.ts - p.previous_ts, d.reporting_interval), true)
+                  AND coalesce(p.kwh - p.previous_kwh <= l.step, true)
+                ELSE coalesce(p.kwh <= plausible_kwh(
+                       l.power, p.ts - p.previous_ts, d.reporting_interval), true) END
+              FROM meter d WHERE d.meter_id = p.meter_id), false)
          AS is_doubtful
   FROM paired p CROSS JOIN (
     SELECT least(power_kw_soft, power_kw_hard) AS power, least(step_kwh_soft, step_kwh_hard) AS step
@@ -108,13 +112,17 @@ WITH incoming AS MATERIALIZED (
          p.is_late OR p.vehicle_id NOT IN (SELECT l.vehicle_id FROM live l WHERE NOT l.is_raced)
          OR p.ts <= %(received_at)s - INTERVAL '58 minutes'
             AND clock_hours_behind(p.ts, %(received_at)s, p.previous_ts, p.previous_received_at) > 0
-         OR (p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') OR p.kwh > l.step) AND NOT (
-           p.kwh >= p.previous_kwh
-           AND coalesce(p.kwh - p.previous_kwh
-                        <= plausible_kwh(l.power, p.ts - p.previous_ts, '0'), true)
-           AND coalesce(p.kwh - p.previous_kwh <= l.step, true)
-           AND EXISTS (SELECT FROM vehicle d
-                       WHERE d.vehicle_id = p.vehicle_id AND d.energy_kind = 'register'))
+         OR p.previous_ts IS NOT NULL
+            AND (p.kwh > plausible_kwh(l.power, p.ts - p.previous_ts, '0') OR p.kwh > l.step)
+            AND NOT coalesce((
+              SELECT CASE d.energy_kind
+                WHEN 'register' THEN p.kwh >= p.previous_kwh
+                  AND coalesce(p.kwh - p.previous_kwh <= plausible_kwh(
+                        l.power, p.ts - p.previous_ts, d.reporting_interval), true)
+                  AND coalesce(p.kwh - p.previous_kwh <= l.step, true)
+                ELSE coalesce(p.kwh <= plausible_kwh(
+                       l.power, p.ts - p.previous_ts, d.reporting_interval), true) END
+              FROM vehicle d WHERE d.vehicle_id = p.vehicle_id), false)
          OR abs(p.soc - p.previous_soc) > plausible_change(l.soc_rate, p.ts - p.previous_ts)
          OR abs(p.battery_temp - p.previous_temp) > plausible_change(l.temp_rate, p.ts - p.previous_ts)
          AS is_doubtful

@@ -23,10 +23,8 @@ from energy_platform.readings import (
     VEHICLE_COLUMNS,
     DeviceId,
     Instant,
-    MeterReading,
     Reading,
     TimeLimits,
-    VehicleReading,
     decode_reading,
     transpose,
 )
@@ -42,7 +40,6 @@ DAY: Final = timedelta(days=1)
 INSTANT_STEP: Final = timedelta(microseconds=1)
 
 _COLUMNS: Final = {"meter": METER_COLUMNS, "vehicle": VEHICLE_COLUMNS}
-_READINGS: Final[dict[str, Any]] = {"meter": MeterReading, "vehicle": VehicleReading}
 
 REASON_CHARACTERS_MAX: Final = 500
 

@@ -117,15 +117,22 @@ async def read(pool: Pool, query: Callable[[AsyncConnection[Any]], Awaitable[T]]
 
 
 async def fetch_rows(
-    pool: Pool, query: Any, row_type: type[Row], parameters: Mapping[str, Any]
+    pool: Pool,
+    query: Any,
+    row_type: type[Row],
+    parameters: Mapping[str, Any],
+    *,
+    keeps_plan: bool = False,
 ) -> list[Row]:
-    """All rows of a query that changes nothing, each a `row_type` by the names of the columns."""
+    """All rows of a query that changes nothing, each a `row_type` by the names of the columns.
+
+    `keeps_plan` is for queries whose plan is the same whatever the parameters. Others are planned
+    for theirs: a filter that is not asked for is one plan, and one that is is another.
+    """
 
     async def fetch(connection: AsyncConnection[Any]) -> list[Row]:
         async with connection.cursor(row_factory=class_row(row_type)) as cursor:
-            # Planned for its parameters: a filter that is not asked for is one plan, and one that
-            # is another.
-            await cursor.execute(query, parameters, prepare=False)
+            await cursor.execute(query, parameters, prepare=None if keeps_plan else False)
             return await cursor.fetchall()
 
     return await read(pool, fetch)

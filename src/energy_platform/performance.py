@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 import psycopg
 from psycopg import AsyncConnection
-from psycopg.rows import class_row, dict_row
+from psycopg.rows import dict_row
 
 from energy_platform import database
 from energy_platform.errors import MalformedError, NotFoundError, UnprocessableError
@@ -225,14 +225,8 @@ async def _fetch(
     pool: database.Pool, query_name: str, kind: type[Row], parameters: dict[str, Any]
 ) -> list[Row]:
     """The rows of a query about one vehicle, at least one."""
-
-    async def query(connection: AsyncConnection[Any]) -> list[Row]:
-        async with connection.cursor(row_factory=class_row(kind)) as cursor:
-            await cursor.execute(_SQL[query_name], parameters)
-            return await cursor.fetchall()
-
     with _raw_expired():
-        rows = await database.read(pool, query)
+        rows = await database.fetch_rows(pool, _SQL[query_name], kind, parameters, keeps_plan=True)
     if not rows:
         raise NotFoundError(
             f"No vehicle {parameters['vehicle_id']!r} was ever declared, assigned or heard.",

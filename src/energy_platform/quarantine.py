@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 from psycopg import AsyncConnection
-from psycopg.rows import class_row, namedtuple_row
+from psycopg.rows import namedtuple_row
 
 from energy_platform import database
 from energy_platform.readings import DEVICE_ID_PATTERN
@@ -260,11 +260,5 @@ async def replay(
 
 
 async def _fetch(pool: database.Pool, query_name: str, parameters: dict[str, Any]) -> list[Entry]:
-    async def query(connection: AsyncConnection[Any]) -> list[Entry]:
-        async with connection.cursor(row_factory=class_row(Entry)) as cursor:
-            await cursor.execute(
-                _SQL[query_name], {**parameters, "bytes_max": PAGE_PAYLOAD_BYTES_MAX}
-            )
-            return await cursor.fetchall()
-
-    return await database.read(pool, query)
+    bounded = {**parameters, "bytes_max": PAGE_PAYLOAD_BYTES_MAX}
+    return await database.fetch_rows(pool, _SQL[query_name], Entry, bounded)

@@ -20,6 +20,20 @@ LANGUAGE sql IMMUTABLE AS $$
   SELECT 1 + rate_per_minute * date_part('epoch', elapsed) / 60
 $$;
 
+-- Whether an energy may follow upon another: the test that decides who is looked at closely. Limits that
+-- are NULL are none.
+CREATE OR REPLACE FUNCTION is_energy_plausible(
+  kwh float8, previous_kwh float8, elapsed interval, energy_kind text, reporting interval,
+  power_kw float8, step_kwh float8)
+RETURNS boolean
+LANGUAGE sql IMMUTABLE AS $$
+  SELECT CASE energy_kind
+    WHEN 'register' THEN kwh >= previous_kwh
+      AND coalesce(kwh - previous_kwh <= public.plausible_kwh(power_kw, elapsed, reporting), true)
+      AND coalesce(kwh - previous_kwh <= step_kwh, true)
+    ELSE coalesce(kwh <= public.plausible_kwh(power_kw, elapsed, reporting), true) END
+$$;
+
 -- By how many whole hours (1 to 14, to two minutes) a device's clock is behind ours; NULL: it is not. A
 -- device that sends what it has kept is late too, but then its readings do not come at the pace of
 -- its clock.

@@ -65,12 +65,16 @@ GRANT SELECT, INSERT ON meter, vehicle TO energy_ingest;
 GRANT SELECT ON charging_assignment TO energy_ingest;
 GRANT SELECT ON corrected_meter_reading, corrected_vehicle_reading, plausibility_limit TO energy_ingest;
 GRANT EXECUTE ON FUNCTION
+  record_meter_readings(text[], timestamptz[], float8[], float8[], timestamptz),
+  record_vehicle_readings(text[], timestamptz[], float8[], float8[], float8[], timestamptz),
+  judge_recorded(text, text[], timestamptz[], bigint[], bigint[]),
   judge_inserted(text, text[], timestamptz[]),
   implausible_beyond_limits(text, text[], timestamptz[]), readings_to_judge(
     text, text, timestamptz, timestamptz),
   reading_before(text, text, timestamptz), declared_device(text, text),
   implausibilities(
     judged_reading, judged_reading, text, interval, float8, float8, float8, float8),
+  is_energy_plausible(float8, float8, interval, text, interval, float8, float8),
   plausible_kwh(float8, interval, interval), plausible_change(float8, interval),
   clock_hours_behind(timestamptz, timestamptz, timestamptz, timestamptz)
 TO energy_ingest;

@@ -170,6 +170,11 @@ BEGIN
       (NULL, 'stored', 'How many readings were put into history.'),
       ('correction', 'during', 'The piece of time whose readings were corrected.'),
       (NULL, 'previous_ts', 'When the device read before its newest reading, as far as it came before that.'),
+      (NULL, 'previous_kwh_consumed_ac', 'kWh of the reading before.'),
+      (NULL, 'previous_soc', 'State of charge of the reading before, %.'),
+      (NULL, 'previous_kwh_delivered_dc', 'kWh of the reading before.'),
+      (NULL, 'previous_battery_temp', 'Battery temperature of the reading before, degrees Celsius.'),
+      (NULL, 'previous_received_at', 'When the reading before arrived here.'),
       (NULL, 'suspect_id', 'Number of the flag; judged again, a reading gets a new one.'),
       (NULL, 'power_kw_soft', 'kW over which a reading is flagged.'),
       (NULL, 'power_kw_hard', 'kW over which a reading is not taken.'),
@@ -305,6 +310,15 @@ COMMENT ON FUNCTION rolled_before(text, text, timestamptz, timestamptz) IS
   'The newest hour of a device''s rollup before an instant, and its last kWh.';
 COMMENT ON FUNCTION raw_dirty_hours(text, timestamptz, timestamptz) IS
   'The hours between two instants that have raw rows and that the rollup does not, or not rightly, hold.';
+COMMENT ON FUNCTION record_meter_readings(text[], timestamptz[], float8[], float8[], timestamptz) IS
+  'For the writer: store readings of meters; the positions of those that were known already.';
+COMMENT ON FUNCTION
+  record_vehicle_readings(text[], timestamptz[], float8[], float8[], float8[], timestamptz) IS
+  'For the writer: store readings of vehicles; the positions of those that were known already.';
+COMMENT ON FUNCTION judge_recorded(text, text[], timestamptz[], bigint[], bigint[]) IS
+  'For record_*_readings(): flag what is suspect, or raise EP001 where a hard limit is broken.';
+COMMENT ON FUNCTION is_energy_plausible(float8, float8, interval, text, interval, float8, float8) IS
+  'Whether a reading need not be looked at closely: the energy may follow upon that before.';
 COMMENT ON FUNCTION plausible_kwh(float8, interval, interval) IS
   'kWh that may have flowed between two readings at a power in kW.';
 COMMENT ON FUNCTION plausible_change(float8, interval) IS

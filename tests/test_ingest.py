@@ -439,6 +439,39 @@ def test_a_lost_connection_neither_loses_nor_doubles(dsn: str, db: Db, clock: Cl
     assert rows == [("M-0",), ("M-1",), ("M-2",)]
 
 
+def test_history_that_was_filled_by_other_ways_is_caught_up_with(
+    dsn: str, db: Db, clock: Clock
+) -> None:
+    """Live rows are behind it, so that what is there already seems to be new at first."""
+    later = NOON + timedelta(minutes=1)
+    db.execute("INSERT INTO meter_telemetry_history VALUES ('M', %s, 1, 230, %s)", (later, later))
+    db.execute(
+        "INSERT INTO vehicle_telemetry_history VALUES ('V', %s, 50, 1, 20, %s)", (later, later)
+    )
+
+    async def scenario(writer: Writer) -> None:
+        outcomes = await record(
+            writer,
+            meter("M", later),
+            meter("M", later, 2),
+            meter("M", NOON),
+            vehicle("V", later, 2),
+            vehicle("V", later + timedelta(minutes=1)),
+            meter("M-2"),
+        )
+        assert outcomes == [
+            "duplicate", "conflicting", "stored", "conflicting", "stored", "stored"
+        ]  # fmt: skip
+
+    run(dsn, clock, scenario)
+    live = db.execute("SELECT meter_id, ts, kwh_consumed_ac FROM meter_live_status ORDER BY 1")
+    assert live.fetchall() == [("M", later, 1), ("M-2", NOON, 1)]
+    live = db.execute("SELECT vehicle_id, ts, kwh_delivered_dc FROM vehicle_live_status")
+    assert live.fetchall() == [("V", later + timedelta(minutes=1), 1)]
+    assert db.execute("SELECT meter_id FROM meter ORDER BY 1").fetchall() == [("M",), ("M-2",)]
+    assert db.execute("SELECT count(*) FROM quarantine").fetchone() == (2,)
+
+
 @pytest.mark.server
 def test_a_commit_whose_answer_is_lost_is_told_from_a_duplicate(
     dsn: str, db: Db, clock: Clock, monkeypatch: pytest.MonkeyPatch
@@ -446,19 +479,19 @@ def test_a_commit_whose_answer_is_lost_is_told_from_a_duplicate(
     """The connection breaks right after the commit: what this very body stored is `stored`."""
     from energy_platform import ingest
 
-    real = ingest._store
+    real = ingest._record
     calls = 0
 
-    async def store(connection: Any, *rest: Any) -> Any:
+    async def record_(connection: Any, *rest: Any) -> Any:
         nonlocal calls
-        outcomes = await real(connection, *rest)
+        lost = await real(connection, *rest)
         calls += 1
         if calls == 2:
-            await connection.execute("COMMIT")
             await asyncio.to_thread(end_writer, db)
-        return outcomes
+            await connection.execute("SELECT")
+        return lost
 
-    monkeypatch.setattr(ingest, "_store", store)
+    monkeypatch.setattr(ingest, "_record", record_)
 
     async def scenario(writer: Writer) -> None:
         assert await record(writer, meter("M-0")) == ["stored"]

@@ -6,17 +6,16 @@ reads have none: what the watermark says is in the materialization log as well (
 2.28), and the ranges that a refresh is at work on are never all that marks an hour.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from energy_platform import database, ingest
 from lifecycle import Stage, WrongAnswer, tour
 
 ROOT = Path(__file__).parents[1]
-WRITER = "src/energy_platform/ingest.sql"
 
 
 class Mutation(NamedTuple):
@@ -29,6 +28,7 @@ class Mutation(NamedTuple):
     tour: str = "late rows"
 
 
+WRITER = "sql/28_record.sql"
 ROLLUP = "sql/10_rollup.sql"
 MEASURES = "sql/20_measures.sql"
 PLAUSIBILITY = "sql/25_plausibility.sql"
@@ -71,10 +71,13 @@ MUTATIONS = {
     # What was corrected, and what cannot be.
     "what was voided is stored again": Mutation(
         WRITER,
-        "WHERE NOT EXISTS (\n    SELECT FROM corrected",
-        "WHERE true OR EXISTS (\n    SELECT FROM corrected",
+        "ts = i.ts LIMIT 1) IS NULL",
+        "ts = i.ts AND false LIMIT 1) IS NULL",
         2,
         tour="another fleet",
+    ),
+    "a voided reading that was the newest is stored again": Mutation(
+        WRITER, "c.ts = r.ts LIMIT 1)", "c.ts = r.ts AND false LIMIT 1)", 2, tour="another fleet"
     ),
     "the live row stays when its reading is voided": Mutation(
         CHANGES, "AND l.ts > until) THEN", "AND true) THEN", 2, tour="another fleet"
@@ -84,9 +87,7 @@ MUTATIONS = {
         "coalesce(public.next_reading_ts(device_class, device, until), until)",
         "until",
     ),
-    "no reading is judged": Mutation(
-        WRITER, "WHERE j.ts IS NULL OR j.is_doubtful", "WHERE j.ts IS NULL", 2
-    ),
+    "no reading is judged": Mutation(WRITER, "IF doubtful IS NOT NULL THEN", "IF false THEN", 2),
     "suspects of a meter count while it feeds another": Mutation(
         ANSWER,
         "public.suspect_count('meter', piece.meter_id, piece.since, piece.until)",
@@ -179,15 +180,15 @@ MUTATIONS = {
         "sql/50_policies.sql", "  RETURN unrolled;", "  RETURN 0;", tour="retention"
     ),
     # What is written.
-    "the newest to arrive is live": Mutation(WRITER, "  WHERE live.ts < excluded.ts\n", "", 2),
+    "the newest to arrive is live": Mutation(WRITER, "    WHERE live.ts < excluded.ts\n", "", 2),
     "a conflicting reading takes the place": Mutation(
         WRITER,
-        "ORDER BY meter_id, ts\n  ON CONFLICT DO NOTHING",
-        "ORDER BY meter_id, ts\n  ON CONFLICT (meter_id, ts)"
-        " DO UPDATE SET kwh_consumed_ac = excluded.kwh_consumed_ac",
+        "      ON CONFLICT DO NOTHING\n      RETURNING meter_id",
+        "      ON CONFLICT (meter_id, ts) DO UPDATE SET kwh_consumed_ac = excluded.kwh_consumed_ac"
+        "      RETURNING meter_id",
     ),
     "the oldest of a body is live": Mutation(
-        WRITER, "FROM stored ORDER BY meter_id, ts DESC", "FROM stored ORDER BY meter_id, ts"
+        WRITER, "NULL ORDER BY meter_id, ts DESC", "NULL ORDER BY meter_id, ts"
     ),
 }
 
@@ -199,8 +200,13 @@ def stage(module_dsn: str) -> Iterator[Stage]:
     stage.close()
 
 
-def statement_at(text: str, position: int) -> str:
-    """The statement that makes the function or view around a position."""
+def statements_with(text: str, part: str) -> list[str]:
+    """The statements that make the functions and views in which a part stands."""
+    found = [match.start() for match in re.finditer(re.escape(part), text)]
+    return list(dict.fromkeys(_statement_at(text, position) for position in found))
+
+
+def _statement_at(text: str, position: int) -> str:
     begin = text.rindex("\nCREATE ", 0, position) + 1
     is_view = "VIEW" in text[begin : text.index("\n", begin)]
     end = text.index(";\n", position) + 1 if is_view else text.index("$$;", position) + 3
@@ -209,26 +215,16 @@ def statement_at(text: str, position: int) -> str:
 
 @pytest.fixture
 def plant(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stage: Stage,
 ) -> Iterator[Callable[[Mutation], None]]:
     originals = []
 
     def plant(mutation: Mutation) -> None:
         text = (ROOT / mutation.path).read_text("utf-8")
         assert text.count(mutation.old) == mutation.times, "the mutation does not apply"
-        if mutation.path == WRITER:
-            path = tmp_path / "ingest.sql"
-            path.write_text(text.replace(mutation.old, mutation.new), "utf-8")
-            queries = database.load_queries(path)
-            kinds = {
-                struct: kind._replace(insert=queries[f"insert_{struct.kind}_readings"])
-                for struct, kind in ingest._KINDS.items()
-            }
-            monkeypatch.setattr(ingest, "_KINDS", kinds)
-            return
-        statement = statement_at(text, text.index(mutation.old))
-        stage.db.execute(statement.replace(mutation.old, mutation.new).encode())
-        originals.append(statement)
+        for statement in statements_with(text, mutation.old):
+            stage.db.execute(statement.replace(mutation.old, mutation.new).encode())
+            originals.append(statement)
 
     yield plant
     for statement in originals:

@@ -75,7 +75,8 @@ def test_the_reader_reads_what_is_documented_and_nothing_else(db: psycopg.Connec
     assert executable("energy_ingest") == ARITHMETIC | {
         "judge_inserted", "implausible_beyond_limits", "readings_to_judge", "reading_before",
         "declared_device", "implausibilities", "plausible_kwh", "plausible_change",
-        "clock_hours_behind",
+        "clock_hours_behind", "record_meter_readings", "record_vehicle_readings", "judge_recorded",
+        "is_energy_plausible",
     }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from energy_platform.errors import (
 )
 from energy_platform.http.access import is_loopback
 from energy_platform.http.app import create_app
+from energy_platform.http.protocol import JoinedWritesProtocol
 from energy_platform.http.service import utc_now
 from energy_platform.settings import OPTIONS, Settings, load_settings
 
@@ -153,7 +154,7 @@ def _uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=JoinedWritesProtocol,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -30,14 +30,14 @@ def load_queries(path: Path) -> dict[str, LiteralString]:
     return {name: cast(LiteralString, statement.strip()) for name, _, statement in found}
 
 
-def complete_dsn(dsn: str, application_name: str) -> str:
-    """Add what every connection of ours has: a name, a connect timeout, UTC."""
+def complete_dsn(dsn: str, application_name: str, *, options: str = "") -> str:
+    """Add what every connection of ours has: a name, a connect timeout, UTC; and more options."""
     given = conninfo_to_dict(dsn)
     defaults: dict[str, Any] = {
         "application_name": application_name,
         "connect_timeout": CONNECT_SECONDS_MAX,
         # Temporary tables come last, so that none can stand in front of ours.
-        "options": "-c timezone=UTC -c search_path=public,pg_temp",
+        "options": f"-c timezone=UTC -c search_path=public,pg_temp {options}".rstrip(),
         # A server that vanishes without a word is noticed within half a minute.
         "keepalives_idle": 10,
         "keepalives_interval": 5,

@@ -11,11 +11,12 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+import msgspec
 import psycopg
 from psycopg import AsyncConnection
 
@@ -38,6 +39,7 @@ TRANSACTION_READINGS_MAX: Final = 20_000
 REFUSALS_ROUNDS_MAX: Final = 20  # of a transaction that is run again without what is implausible
 ATTEMPTS_MAX: Final = 5  # of a transaction that deadlocks or cannot be serialized
 QUARANTINE_PAYLOAD_BYTES_MAX: Final = 65_536
+HARD_LIMIT_BROKEN: Final = "EP001"  # the SQLSTATE of sql/28_record.sql
 CONFLICTING: Final = Rejection(
     "conflicting", "$", "the same device and instant are known with other values"
 )
@@ -51,16 +53,16 @@ class _Kind(NamedTuple):
 
     device_class: str
     columns: tuple[str, ...]
-    insert: Any
     fetch: Any
+    catch_up: Any
 
 
 _KINDS: Final = {
     struct: _Kind(
         struct.kind,
         columns,
-        _SQL[f"insert_{struct.kind}_readings"],
         _SQL[f"fetch_{struct.kind}_readings"],
+        _SQL[f"catch_up_{struct.kind}_live"],
     )
     for struct, columns in ((MeterReading, METER_COLUMNS), (VehicleReading, VEHICLE_COLUMNS))
 }
@@ -164,7 +166,10 @@ class Writer:
         queue_readings_max: int = 100_000,
         queue_bytes_max: int = 64 * 2**20,
     ) -> None:
-        self._dsn = database.complete_dsn(dsn, "energy-platform writer")
+        # Plans are kept for good, and perhaps were made when the tables were small.
+        self._dsn = database.complete_dsn(
+            dsn, "energy-platform writer", options="-c enable_seqscan=off"
+        )
         self._clock = clock
         self._refresh_end = refresh_end
         self._connections = connections
@@ -282,19 +287,20 @@ class Writer:
     ) -> AsyncConnection[Any]:
         """One transaction, again where that may help, and in halves where the data is at fault."""
         reconnected = connection is None
-        is_repeated = False  # whether an earlier attempt may have been committed after all
         for attempt in range(ATTEMPTS_MAX):
             if connection is None or connection.closed:
                 connection = await AsyncConnection.connect(
                     self._dsn, autocommit=True, prepare_threshold=0
                 )
             try:
-                async with connection.transaction():
-                    # Plans are kept for good, and perhaps were made when the fleet was small.
-                    await connection.execute("SET LOCAL enable_seqscan = off")
-                    outcomes = await _store(connection, lane, received_at, is_repeated)
+                # Of an attempt before this one parts may be committed: received_at tells which.
+                outcomes = await _store(connection, lane, received_at, is_repeated=attempt > 0)
                 self._settle(lane, outcomes)
                 return connection
+            except psycopg.errors.UniqueViolation:
+                if attempt == ATTEMPTS_MAX - 1:
+                    raise
+                await _catch_up(connection, lane)
             except _Refused as refused:  # each time at least one more, so this comes to an end
                 rounds += 1
                 lane = _without(lane, refused.reasons, whole_keys=rounds > REFUSALS_ROUNDS_MAX)
@@ -310,8 +316,7 @@ class Writer:
                 if not again or attempt == ATTEMPTS_MAX - 1:
                     raise
                 if is_lost:
-                    # Whether its transaction was committed all the same is told by received_at.
-                    reconnected = is_repeated = True
+                    reconnected = True
         raise AssertionError("the loop returns or raises")
 
     async def _write_halves(
@@ -355,11 +360,11 @@ def _fail(submissions: Iterable[Submission], error: Exception) -> None:
 
 
 class _RaceLost(Exception):
-    """A reading was neither inserted nor is it visible: run the transaction again."""
+    """A reading was neither inserted nor is it visible: store the lane again."""
 
 
 class _Refused(Exception):
-    """Readings break a hard limit: run the transaction again without them."""
+    """Readings break a hard limit and nothing was stored: try again without them."""
 
     def __init__(self, reasons: dict[int, Rejection]) -> None:
         super().__init__()
@@ -391,19 +396,56 @@ def _without(lane: list[Item], reasons: Mapping[int, Rejection], *, whole_keys: 
     return [settle(item) for item in lane]
 
 
+class _Part:
+    """The readings of one kind in a lane, by their place there."""
+
+    def __init__(self, kind: _Kind, readings: dict[int, Reading]) -> None:
+        self.kind = kind
+        self.readings = readings
+        # A key that comes twice in a lane is settled here: the first by position is the first.
+        self.firsts: dict[tuple[str, datetime], int] = {}
+        for place, reading in readings.items():
+            self.firsts.setdefault((reading.device_id, reading.ts), place)
+        self.sent = list(self.firsts.values())
+
+    def columns(self) -> dict[str, list[Any]]:
+        columns = transpose([self.readings[place] for place in self.sent], self.kind.columns)
+        columns[f"{self.kind.device_class}_ts"] = columns.pop("ts")
+        return columns
+
+
+def _part(lane: Sequence[Item]) -> list[_Part]:
+    """The lane's readings by kind, in the order in which the database takes them."""
+    readings: dict[type[Reading], dict[int, Reading]] = {struct: {} for struct in _KINDS}
+    for place, (_, _, reading) in enumerate(lane):
+        if not isinstance(reading, Rejection):
+            readings[type(reading)][place] = reading
+    return [_Part(kind, readings[struct]) for struct, kind in _KINDS.items() if readings[struct]]
+
+
 async def _store(
-    connection: AsyncConnection[Any], lane: list[Item], received_at: datetime, is_repeated: bool
+    connection: AsyncConnection[Any], lane: list[Item], received_at: datetime, *, is_repeated: bool
 ) -> list[Outcome]:
-    """The statements of one transaction; returns the outcome of each item. Raises: _Refused."""
+    """Store a lane in one transaction, then quarantine what is unfit; returns each item's outcome.
+
+    With `is_repeated`, rows of the same received_at are of an attempt that was committed after all.
+    Raises: _Refused, _RaceLost.
+    """
     outcomes: list[Outcome] = ["rejected"] * len(lane)
-    for struct, kind in _KINDS.items():
-        readings = {
-            i: reading for i, (*_, reading) in enumerate(lane) if isinstance(reading, struct)
-        }
-        if readings:
-            settled = await _store_kind(connection, kind, readings, received_at, is_repeated)
-            for i, outcome in settled.items():
-                outcomes[i] = outcome
+    parts = _part(lane)
+    lost = await _record(connection, parts, received_at) if parts else {}
+    for part in parts:
+        for place in part.readings:
+            outcomes[place] = "stored"
+        known: dict[int, list[_Known]] = {}
+        if places := lost[part.kind.device_class]:
+            known = await _fetch_known(connection, part, places)
+        for place, found in known.items():
+            if not (is_repeated and any(received_at == row.received_at for row in found)):
+                outcomes[place] = "duplicate"
+        if known or len(part.sent) < len(part.readings):
+            for place, outcome in _compare(part, known, outcomes):
+                outcomes[place] = outcome
     unfit = [
         item
         for item, outcome in zip(lane, outcomes, strict=True)
@@ -417,96 +459,83 @@ async def _store(
     return outcomes
 
 
-async def _store_kind(
-    connection: AsyncConnection[Any],
-    kind: _Kind,
-    readings: Mapping[int, Reading],
-    received_at: datetime,
-    is_repeated: bool,
-) -> dict[int, Outcome]:
-    """Store readings of one kind, by their place in the lane; returns the outcome of each place.
+async def _record(
+    connection: AsyncConnection[Any], parts: Sequence[_Part], received_at: datetime
+) -> dict[str, list[int]]:
+    """The transaction. Returns the places of what was not inserted, by device class.
 
     Raises: _Refused.
     """
-    # A key that comes twice in a statement is settled here: the first by position is the first.
-    firsts: dict[tuple[str, datetime], int] = {}
-    for place, reading in readings.items():
-        firsts.setdefault((reading.device_id, reading.ts), place)
-    outcomes: dict[int, Outcome] = dict.fromkeys(readings, "stored")
-    unique = list(firsts.values())
-    columns = transpose([readings[place] for place in unique], kind.columns)
-    cursor = await connection.execute(kind.insert, {**columns, "received_at": received_at})
-    losers: list[int] = []
-    doubtful: list[int] = []
-    for position, is_stored in await cursor.fetchall():
-        (doubtful if is_stored else losers).append(unique[position - 1])
-    if doubtful:
-        await _judge(connection, kind, readings, set(unique) - set(losers), doubtful)
-    if not losers and len(unique) == len(readings):
-        return outcomes
+    columns: dict[str, Any] = {"received_at": received_at}
+    for part in parts:
+        columns |= part.columns()
+    of_class = {part.kind.device_class: part for part in parts}
+    query = "record_readings" if len(parts) > 1 else f"record_{parts[0].kind.device_class}_readings"
+    try:
+        cursor = await connection.execute(_SQL[query], columns)
+    except psycopg.Error as error:
+        if error.sqlstate != HARD_LIMIT_BROKEN:
+            raise
+        device_class, refusals = _refusal_decoder.decode(error.diag.message_detail or "")
+        sent = of_class[device_class].sent
+        readings = of_class[device_class].readings
+        raise _Refused(
+            {
+                (place := sent[position - 1]): Rejection(
+                    code, "$", detail, readings[place].device_id
+                )
+                for position, code, detail in refusals
+            }
+        ) from None
+    lost: dict[str, list[int]] = {device_class: [] for device_class in of_class}
+    for device_class, position in await cursor.fetchall():
+        lost[device_class].append(of_class[device_class].sent[position - 1])
+    return lost
 
-    # What is known under a key: the values of the reading that was inserted, or what was there.
-    known = {place: {readings[place].values} for place in unique}
-    if losers:
-        rows = await _fetch_known(connection, kind, readings, losers)
-        for place in losers:
-            known[place] = {values for values, _ in rows[place]}
-            # The same received_at: an earlier attempt of this very transaction was committed.
-            if not (is_repeated and any(at == received_at for _, at in rows[place])):
-                outcomes[place] = "duplicate"
-    for place, reading in readings.items():
-        first = firsts[reading.device_id, reading.ts]
+
+_refusal_decoder = msgspec.json.Decoder(tuple[str, list[tuple[int, str, str]]])
+
+
+def _compare(
+    part: _Part, known: Mapping[int, Sequence["_Known"]], outcomes: Sequence[Outcome]
+) -> Iterator[tuple[int, Outcome]]:
+    """Tell duplicate from conflicting, by the values that are known under a reading's key."""
+    for place, reading in part.readings.items():
+        first = part.firsts[reading.device_id, reading.ts]
         if place != first or outcomes[place] != "stored":
-            is_same = reading.values in known[first]
-            outcomes[place] = "duplicate" if is_same else "conflicting"
-    return outcomes
+            values = (
+                [row.values for row in known[first]]
+                if first in known
+                else [part.readings[first].values]
+            )
+            yield place, "duplicate" if reading.values in values else "conflicting"
 
 
-async def _judge(
-    connection: AsyncConnection[Any],
-    kind: _Kind,
-    readings: Mapping[int, Reading],
-    stored: Collection[int],
-    doubtful: Collection[int],
-) -> None:
-    """Have implausible readings flagged. Raises: _Refused for those that break a hard limit.
+async def _catch_up(connection: AsyncConnection[Any], lane: list[Item]) -> None:
+    """Live rows are behind history: somebody has filled it by other ways than this one."""
+    for part in _part(lane):
+        device_ids = [reading.device_id for reading in part.readings.values()]
+        await connection.execute(part.kind.catch_up, {"device_ids": device_ids})
 
-    With a doubtful reading all of its device's are judged: once it is refused, they follow another.
-    """
-    devices = {readings[place].device_id for place in doubtful}
-    places = [place for place in stored if readings[place].device_id in devices]
-    keys = {
-        "device_class": kind.device_class,
-        "device_ids": [readings[place].device_id for place in places],
-        "ts": [readings[place].ts for place in places],
-    }
-    cursor = await connection.execute(_SQL["fetch_refusals"], keys)
-    reasons = {
-        (place := places[position - 1]): Rejection(code, "$", detail, readings[place].device_id)
-        for position, code, detail in await cursor.fetchall()
-    }
-    if reasons:
-        raise _Refused(reasons)
-    await connection.execute(_SQL["judge_inserted"], keys)
+
+class _Known(NamedTuple):
+    """What is stored under a key, or was until a correction."""
+
+    values: tuple[float, ...]
+    received_at: datetime
 
 
 async def _fetch_known(
-    connection: AsyncConnection[Any],
-    kind: _Kind,
-    readings: Mapping[int, Reading],
-    losers: list[int],
-) -> dict[int, list[tuple[tuple[float, ...], datetime]]]:
-    """By place: the values that are stored under its key, or were corrected, and received_at.
-
-    Raises: _RaceLost where nothing is known under a key.
-    """
-    keys = transpose([readings[place] for place in losers], kind.columns[:2])
+    connection: AsyncConnection[Any], part: _Part, places: list[int]
+) -> dict[int, list[_Known]]:
+    """What is known under the keys of these places. Raises: _RaceLost where nothing is."""
+    keys = transpose([part.readings[place] for place in places], part.kind.columns[:2])
     bounds = {"ts_min": min(keys["ts"]), "ts_max": max(keys["ts"])}
-    cursor = await connection.execute(kind.fetch, {**keys, **bounds})
-    known: dict[int, list[tuple[tuple[float, ...], datetime]]] = {}
+    cursor = await connection.execute(part.kind.fetch, {**keys, **bounds})
+    known: dict[int, list[_Known]] = {}
     for position, received_at, *values in await cursor.fetchall():
-        known.setdefault(losers[position - 1], []).append((tuple(values), received_at))
-    if len(known) != len(losers):
+        known.setdefault(places[position - 1], []).append(_Known(tuple(values), received_at))
+    if len(known) != len(places):
         raise _RaceLost
     return known
 

@@ -1,5 +1,6 @@
 """Scopes at the HTTP border, and who may talk to a service that runs open."""
 
+import functools
 import ipaddress
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
@@ -55,16 +56,17 @@ def is_local_request(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     for name, value in headers:
         if name in _PROXY_HEADERS:
             return False
-        if name == b"host":
-            address = f"//{value.decode('latin-1')}"
-        elif name == b"origin":
-            address = value.decode("latin-1")
-        else:
-            continue
-        try:
-            host = urlsplit(address).hostname
-        except ValueError:
+        if name == b"host" and not _is_local(b"//" + value):
             return False
-        if host is None or not is_loopback(host):
+        if name == b"origin" and not _is_local(value):
             return False
     return True
+
+
+@functools.lru_cache(maxsize=1024)  # clients name the same few hosts again and again
+def _is_local(address: bytes) -> bool:
+    try:
+        host = urlsplit(address.decode("latin-1")).hostname
+    except ValueError:
+        return False
+    return host is not None and is_loopback(host)

@@ -4,6 +4,7 @@ The route is a bare ASGI function, because that is what most of the traffic is; 
 do for a handler (reading, errors, OpenAPI) is done here by hand.
 """
 
+import logging
 import zlib
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -43,6 +44,8 @@ ZSTD_CHUNK_BYTES: Final = 1_024  # a byte of zstd may become 32 KiB
 
 _JSON: Final = b"application/json"
 _LINES: Final = b"application/x-ndjson"
+
+_log = logging.getLogger("energy_platform.http")
 
 # How a rejection of one reading is answered when that reading is the whole body.
 _STATUS_OF_CODE: Final = {"conflicting": 409, "forbidden_device": 403}
@@ -117,10 +120,9 @@ class IngestEndpoint:
         except RequestError as error:
             answer = answer_of_problem(problem_of(error))
         except Exception as error:
-            problem = problem_of(error)
-            if problem.status == 500:
-                raise
-            answer = answer_of_problem(problem)
+            answer = answer_of_problem(problem_of(error))
+            if answer.status == 500:
+                _log.exception("request failed", extra={"path": scope["path"]})
         await send_answer(send, answer)
 
     async def _post_ingest(self, scope: Scope, receive: Receive) -> Answer:
@@ -140,7 +142,8 @@ class IngestEndpoint:
             )
         body = await read_body(headers, receive, self._limits.body_bytes_max, self._arriving)
         batch, is_many = self._decode(body, media_type)
-        self._metrics.unknown_fields.inc(batch.unknown_fields)
+        if batch.unknown_fields:
+            self._metrics.unknown_fields.inc(batch.unknown_fields)
         outcomes = await self._record(batch, len(body), key)
         return _answer_many(batch, outcomes) if is_many else _answer_one(batch, outcomes)
 
@@ -166,7 +169,8 @@ class IngestEndpoint:
         else:
             outcomes = await self._writer().record(batch, body_bytes, key.key_id if key else None)
         for outcome in OUTCOMES:
-            self._metrics.readings[outcome].inc(outcomes.count(outcome))
+            if count := outcomes.count(outcome):
+                self._metrics.readings[outcome].inc(count)
         return outcomes
 
     async def replay(self, entries: list[Entry]) -> list[Verdict]:

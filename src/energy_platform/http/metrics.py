@@ -28,19 +28,31 @@ class Metrics:
         self.unknown_fields = Counter(
             "energy_unknown_fields", "Fields of readings not known here", registry=self.registry
         )
-        self.requests = Counter(
+        self._requests = Counter(
             "energy_http_requests",
             "Requests by route and status",
             ["method", "route", "status"],
             registry=self.registry,
         )
-        self.seconds = Histogram(
+        self._seconds = Histogram(
             "energy_http_request_seconds",
             "Time to answer",
             ["route"],
             buckets=SECONDS,
             registry=self.registry,
         )
+
+        self._of_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    def note_request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request that was answered."""
+        found = self._of_request.get((method, route, status))
+        if found is None:
+            found = self._requests.labels(method, route, status), self._seconds.labels(route)
+            self._of_request[method, route, status] = found
+        counter, histogram = found
+        counter.inc()
+        histogram.observe(seconds)
 
     def watch_writer(self, writer: Callable[[], Writer | None]) -> None:
         self.registry.register(_WriterCollector(writer))

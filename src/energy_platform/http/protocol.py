@@ -1,0 +1,48 @@
+"""HTTP/1.1 for uvicorn, with one write to the socket for a response instead of two.
+
+Uvicorn writes the head of a response and its body one after the other, and uvloop sends each at
+once: two system calls, two packets, and a client that is woken twice. What is written in one turn
+of the event loop is sent together here, when the turn ends.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+
+class JoinedWritesProtocol(HttpToolsProtocol):
+    """Uvicorn's protocol on a transport that joins writes."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(_JoinedWrites(transport, self.loop))  # type: ignore[arg-type]
+
+
+class _JoinedWrites:
+    """A transport that keeps what is written until the event loop's turn ends."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._call_soon = loop.call_soon
+        self._pending: list[bytes] = []
+        self.is_closing = transport.is_closing
+        self.resume_reading = transport.resume_reading
+        self.pause_reading = transport.pause_reading
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, content: bytes) -> None:
+        if not self._pending:
+            self._call_soon(self._flush)
+        self._pending.append(content)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._pending:
+            pending, self._pending = self._pending, []
+            if not self._transport.is_closing():
+                self._transport.write(b"".join(pending))

@@ -12,32 +12,22 @@ were dirty before, by the fleet's own count. Only the seconds depend on the mach
 On a server the run makes a database of its own, and drops it.
 """
 
-import argparse
 import asyncio
-import contextlib
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg
-from psycopg.conninfo import make_conninfo
+from harness import Report, argument_parser, fetch_row, open_database, parse_arguments
 
 from energy_platform import ingest, schema
-from energy_platform.embedded import Engine
 from energy_platform.readings import Batch, MeterReading, Reading, VehicleReading
 from energy_platform.settings import Settings
 
-RESULTS = Path(__file__).parent / "results"
 HOUR = timedelta(hours=1)
 QUARTER = timedelta(minutes=15)
 BEGIN = datetime(2026, 2, 10, tzinfo=UTC)
@@ -169,7 +159,7 @@ def refresh(db: psycopg.Connection[Any], fleet: Fleet, now: datetime) -> Refresh
         )
         if hour < rolled_until
     ]
-    (transaction,) = _fetch_row(db, "SELECT pg_current_xact_id()::text::bigint")
+    (transaction,) = fetch_row(db, "SELECT pg_current_xact_id()::text::bigint")
     began = time.perf_counter()
     runs = schema.run_due_jobs(db, lambda: now)
     seconds = time.perf_counter() - began
@@ -181,7 +171,7 @@ def refresh(db: psycopg.Connection[Any], fleet: Fleet, now: datetime) -> Refresh
         "SELECT format('%I.%I', materialization_hypertable_schema, materialization_hypertable_name)"
         " FROM timescaledb_information.continuous_aggregates WHERE view_name LIKE '%_hourly'"
     ).fetchall():
-        written = _fetch_row(
+        written = fetch_row(
             db,
             "SELECT coalesce(sum(readings), 0)::bigint, count(DISTINCT hour)"
             f" FROM {table} WHERE xmin::text::bigint > {transaction}",
@@ -190,12 +180,6 @@ def refresh(db: psycopg.Connection[Any], fleet: Fleet, now: datetime) -> Refresh
         hours += written[1]
     assert rows == sum(fleet.rows[key] for key in dirty), "the dirty hours, all and only"
     return Refresh(rows, hours / 2, seconds)
-
-
-def _fetch_row(db: psycopg.Connection[Any], query: str) -> tuple[Any, ...]:
-    row = db.execute(query).fetchone()
-    assert row is not None
-    return tuple(row)
 
 
 async def simulate(
@@ -230,38 +214,20 @@ async def simulate(
 PLAN_LANES = ingest.plan_lanes
 
 
-@contextlib.contextmanager
-def open_database(server: str | None) -> Iterator[str]:
-    """An empty database for one scenario."""
-    if not server:
-        with tempfile.TemporaryDirectory() as folder, Engine(Path(folder), fsync=False) as engine:
-            yield engine.dsn()
-        return
-    name = f"refresh_cost_{os.getpid()}"
-    with psycopg.connect(server, autocommit=True) as db:
-        db.execute(f"CREATE DATABASE {name}")
-        try:
-            yield make_conninfo(server, dbname=name)
-        finally:
-            db.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
 # ---- The table --------------------------------------------------------------------------------
 
-HEADER = """\
-Raw rows aggregated per refresh (median, p95, max), the median as a part of the fleet's day and in
-hours, and how many times each row was aggregated in all. 1.0 is once, the least there can be.
-
-| fleet | late lane | refresh every | rows, median | p95 | max | of a day | hours | times | s, median | s, max |
-|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""  # noqa: E501
+COLUMNS = (
+    "fleet", "late lane", "refresh every", "rows, median", "p95", "max", "of a day", "hours",
+    "times", "s, median", "s, max",
+)  # fmt: skip
 
 
-def render_row(
-    scenario: Scenario, refreshes: list[Refresh], day_rows: float, hours: int
-) -> tuple[str, dict[str, Any]]:
+def add_row(
+    report: Report, scenario: Scenario, refreshes: list[Refresh], day_rows: float, hours: int
+) -> None:
     rows = [run.rows for run in refreshes]
     seconds = [run.seconds for run in refreshes]
-    figures = {
+    f = {
         "fleet": scenario.fleet,
         "has_lane": scenario.has_lane,
         "refresh_every_minutes": scenario.refresh_every // timedelta(minutes=1),
@@ -275,81 +241,59 @@ def render_row(
         "seconds_median": statistics.median(seconds),
         "seconds_max": max(seconds),
     }
-    f = figures
-    text = (
-        f"| {f['fleet']} | {'yes' if f['has_lane'] else 'no'} | {f['refresh_every_minutes']} min"
-        f" | {f['rows_median']:,.0f} | {f['rows_p95']:,.0f} | {f['rows_max']:,}"
-        f" | {f['day_share_median']:.0%} | {f['hours_median']:g} | {f['times_over']:.1f}"
-        f" | {f['seconds_median']:.3f} | {f['seconds_max']:.3f} |"
+    report.add_row(
+        scenario.fleet,
+        "yes" if scenario.has_lane else "no",
+        f"{f['refresh_every_minutes']} min",
+        f"{f['rows_median']:,.0f}",
+        f"{f['rows_p95']:,.0f}",
+        f"{f['rows_max']:,}",
+        f"{f['day_share_median']:.0%}",
+        f"{f['hours_median']:g}",
+        f"{f['times_over']:.1f}",
+        f"{f['seconds_median']:.3f}",
+        f"{f['seconds_max']:.3f}",
+        **f,
     )
-    return text, figures
-
-
-def describe_run(server: str | None, arguments: argparse.Namespace) -> list[str]:
-    with open_database(server) as dsn, psycopg.connect(dsn) as db:
-        postgres, timescale = _fetch_row(
-            db,
-            "SELECT current_setting('server_version'), (SELECT default_version"
-            " FROM pg_available_extensions WHERE name = 'timescaledb')",
-        )
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")),
-        platform.machine(),
-    )  # fmt: skip
-    engine = "server" if server else "embedded engine, no fsync"
-    return [
-        f"{model}, {os.cpu_count()} cores; PostgreSQL {postgres.split()[0]}, "
-        f"TimescaleDB {timescale} ({engine}); Python {platform.python_version()}; commit {commit}.",
-        f"{arguments.devices:,} devices, half of them meters, a reading every "
-        f"{arguments.interval:g} s; {arguments.late} of them are late; "
-        f"{arguments.hours} h counted after {DELAY_HOURS_MAX} h of warm-up.",
-    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--database-url", default=os.environ.get("ENERGY_DATABASE_URL"))
+    parser = argument_parser(__doc__, is_timed=False)
     parser.add_argument("--devices", type=int, help="default: 1000; on the embedded engine 200")
     parser.add_argument("--late-percent", type=float, default=2)
     parser.add_argument("--interval", type=float, default=300, help="seconds, from reading to next")
-    parser.add_argument("--hours", type=int, default=24)
+    parser.add_argument("--hours", type=int, help="default: 24 (quick: 4)")
     parser.add_argument("--fleet", default="", help="only the fleets with this in their name")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser)
     server = arguments.database_url
     arguments.devices = arguments.devices or (1000 if server else 200)
+    arguments.hours = arguments.hours or (4 if arguments.quick else 24)
     arguments.late = round(arguments.devices * arguments.late_percent / 100)
     interval = timedelta(seconds=arguments.interval)
     if QUARTER % interval:
         sys.exit("--interval must divide 15 minutes, or no refresh falls due on time")
     day_rows = arguments.devices * (24 * HOUR / interval)
 
-    lines = [*describe_run(server, arguments), "", HEADER]
-    print("\n".join(lines), flush=True)
-    figures = []
-    for scenario in SCENARIOS:
-        if arguments.fleet not in scenario.fleet:
-            continue
-        with open_database(server) as dsn:
+    report = Report(__file__, "What late readings cost the refresh", arguments)
+    if not server:
+        report.say("The engine ran without fsync, on which only the seconds depend.")
+    report.say(
+        f"{arguments.devices:,} devices, half of them meters, a reading every "
+        f"{arguments.interval:g} s; {arguments.late} of them are late; "
+        f"{arguments.hours} h counted after {DELAY_HOURS_MAX} h of warm-up.\n\n"
+        "Raw rows aggregated per refresh (median, p95, max), the median as a part of the fleet's "
+        "day and in\nhours, and how many times each row was aggregated in all. 1.0 is once, the "
+        "least there can be."
+    )
+    report.open_table(*COLUMNS)
+    scenarios = [scenario for scenario in SCENARIOS if arguments.fleet in scenario.fleet]
+    for scenario in scenarios[-2:] if arguments.quick else scenarios:
+        with open_database(server, migrate=False, fsync=False) as dsn:
             fleet = Fleet(arguments.devices, arguments.late, interval, scenario.send)
             refreshes = asyncio.run(simulate(dsn, fleet, scenario, interval, arguments.hours))
-        text, row = render_row(scenario, refreshes, day_rows, arguments.hours)
-        print(text, flush=True)
-        lines.append(text)
-        figures.append(row)
-    if arguments.fleet:
-        return  # a part is not a result
-    name = "refresh_cost" if server else "refresh_cost_embedded"
-    RESULTS.mkdir(exist_ok=True)
-    title = f"# What late readings cost the refresh\n\n`python benchmarks/{Path(__file__).name}`"
-    (RESULTS / f"{name}.md").write_text(f"{title}\n\n" + "\n".join(lines) + "\n")
-    (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        add_row(report, scenario, refreshes, day_rows, arguments.hours)
+    if not arguments.fleet:  # a part is not a result
+        report.write()
 
 
 if __name__ == "__main__":

@@ -25,10 +25,3 @@ function request()
   end
   return wrk.format("POST", "/v1/ingest", headers, body)
 end
-
-local stored, other = 0, 0
-
-function response(status)
-  if status == 201 then stored = stored + 1 else other = other + 1 end
-  if other == 1 and status ~= 201 then print("unexpected status", status) end
-end

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import socket
@@ -67,6 +68,9 @@ def argument_parser(doc: str | None, *, is_timed: bool = True) -> argparse.Argum
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    # A thousand connections are more files than most shells allow; children inherit this.
+    _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
     arguments = parser.parse_args()
     if "rounds" in arguments:
         arguments.rounds = arguments.rounds or (1 if arguments.quick else 3)
@@ -114,6 +118,7 @@ class Usage(NamedTuple):
     service_cpu_seconds: float
     service_memory_bytes: int  # resident, now
     database_cpu_seconds: float | None  # None: the server is on another machine
+    engine_memory_bytes: int | None = None  # of the embedded engine
 
 
 class Process:
@@ -193,11 +198,14 @@ class Process:
         try:
             self.wait_ready()
         except BaseException:
-            self.__exit__()
+            self.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self.stop()
         if self.log is not None:
@@ -237,9 +245,8 @@ class Service(Process):
             database = _measure_tree(self._postmaster)[0] if self._postmaster else None
             return Usage(cpu, memory, database)
         engine = json.loads((self.data_dir / "engine.json").read_text())["pid"]
-        database, _ = _measure_tree(engine)
         cpu, memory = _measure_tree(self.pid, but=engine)
-        return Usage(cpu, memory, database)
+        return Usage(cpu, memory, *_measure_tree(engine))
 
     def metrics(self) -> dict[str, float]:
         """What /metrics says, by name and labels as they stand there."""
@@ -345,7 +352,7 @@ def run_wrk(
     said = json.loads(finished.stdout.splitlines()[-1])
     statuses = {int(status): count for status, count in said["statuses"].items()}
     if said["broken"] or said["timeouts"] or not statuses or not {*statuses} <= {*expected}:
-        sys.exit(f"{url} was to answer {sorted(expected)}, but wrk saw:\n{finished.stdout}")
+        sys.exit(f"{url} did not answer as expected:\n{finished.stdout}")
     return WrkRun(sum(statuses.values()) / said["seconds"], said["p50"], said["p99"], statuses)
 
 

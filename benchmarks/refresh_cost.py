@@ -22,11 +22,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import psycopg
-from harness import Report, argument_parser, fetch_row, open_database, parse_arguments
 
 from energy_platform import ingest, schema
 from energy_platform.readings import Batch, MeterReading, Reading, VehicleReading
 from energy_platform.settings import Settings
+from harness import Report, argument_parser, fetch_row, open_database, parse_arguments
 
 HOUR = timedelta(hours=1)
 QUARTER = timedelta(minutes=15)

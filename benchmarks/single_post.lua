@@ -1,27 +1,41 @@
--- wrk script: one reading a request, both kinds in turn, 5,000 devices each, in the order of time:
--- a device's next reading is a second later, within the last 50 minutes.
+-- wrk script: a reading a request, from 5,000 meters and 5,000 vehicles in turn. All of them report once,
+-- in an order that has nothing to do with their ids; a step later all of them report again.
+--
+-- SINCE is the first instant, in ms since the epoch. STEP_MS is the same in ingest_single.py.
+local DEVICES, STEP_MS = 10000, 100
+
 local count = 0
-local first
-local began = os.time()
+local at = tonumber(os.getenv("SINCE"))
+local head, instant
+
+local function tell_instant()
+  local seconds = math.floor(at / 1000)
+  instant = os.date("!%Y-%m-%dT%H:%M:%S", seconds) .. string.format(".%03dZ", at - seconds * 1000)
+end
 
 function init()
-  first = math.random(1, 1000000)
+  head = "POST " .. wrk.path .. " HTTP/1.1\r\nHost: " .. wrk.headers["Host"]
+    .. "\r\nContent-Type: application/json\r\nContent-Length: "
+  tell_instant()
 end
 
 function request()
+  if count == DEVICES then
+    count = 0
+    at = at + STEP_MS
+    tell_instant()
+  end
   count = count + 1
-  local device = count % 10000
-  local at = began - 3000 + math.floor(count / 10000)
-  local instant = os.date("!%Y-%m-%dT%H:%M:%S", at) .. string.format(".%06dZ", first % 1000000)
-  local headers = { ["Content-Type"] = "application/json" }
+  -- 22 kW are 0.0006 kWh within a step.
+  local device, kwh = count * 3571 % DEVICES, count % 7 / 1e4
   local body
-  if count % 2 == 0 then
-    body = string.format('{"meterId":"B-%d","kwhConsumedAc":%.3f,"voltage":230,"timestamp":"%s"}',
-      device, count % 100 / 100, instant)
+  if device % 2 == 0 then
+    body = string.format('{"meterId":"M-%05d","kwhConsumedAc":%.4f,"voltage":230.5,"timestamp":"%s"}',
+      device, kwh, instant)
   else
     body = string.format(
-      '{"vehicleId":"B-%d","soc":75,"kwhDeliveredDc":%.3f,"batteryTemp":36,"timestamp":"%s"}',
-      device, count % 100 / 100, instant)
+      '{"vehicleId":"V-%05d","soc":75.5,"kwhDeliveredDc":%.4f,"batteryTemp":36.5,"timestamp":"%s"}',
+      device, kwh, instant)
   end
-  return wrk.format("POST", "/v1/ingest", headers, body)
+  return head .. #body .. "\r\n\r\n" .. body
 end

@@ -92,7 +92,7 @@ def run_up(settings: Settings, _arguments: argparse.Namespace) -> int:
             if demo:
                 demo.start(address)
 
-        server = _Server(_uvicorn_config(app, settings), greet, demo.stop if demo else None)
+        server = _Server(uvicorn_config(app, settings), greet, demo.stop if demo else None)
         server.run(sockets=[listener])
     return DONE if server.started else WRONG_USE
 
@@ -118,7 +118,7 @@ def run_serve(settings: Settings, _arguments: argparse.Namespace) -> int:
     _prepare_keys(settings.database_url, settings)
     if settings.workers == 1:
         app = create_app(settings, settings.database_url)
-        server = _Server(_uvicorn_config(app, settings))
+        server = _Server(uvicorn_config(app, settings))
         server.run(sockets=[_listen(settings)])
         return DONE if server.started else WRONG_USE
     # Worker processes read their settings from the environment, so what was given as options must
@@ -127,7 +127,7 @@ def run_serve(settings: Settings, _arguments: argparse.Namespace) -> int:
         value = getattr(settings, option.field)
         if "serve" in option.commands and value is not None:
             os.environ[option.environment_name] = _environment_text(value)
-    config = _uvicorn_config("energy_platform.cli:create_worker_app", settings)
+    config = uvicorn_config("energy_platform.cli:create_worker_app", settings)
     config.factory = True
     config.workers = settings.workers
     Multiprocess(config, [_listen(settings)]).run()
@@ -148,7 +148,7 @@ def _environment_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         host=settings.host,

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help up demo test test-long check lock clean
+.PHONY: help up demo test test-long check bench bench-quick lock clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,15 @@ test-long: $(READY) ## the tests with many more random examples and kill rounds
 
 check: $(READY) ## lint, format and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# Each answers one question; on the server of ENERGY_DATABASE_URL, or on the embedded engine.
+BENCHMARKS := startup ingest_single ingest_batch overload refresh_cost
+
+bench: $(READY) ## measure all, into benchmarks/results/ (half an hour; needs wrk)
+	@set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done
+
+bench-quick: $(READY) ## the same in a few minutes, to see that it runs; keeps no results
+	@set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick; done
 
 # The environment is complete or absent: the stamp is written last, and a changed lock makes it anew.
 $(READY): requirements/main.txt requirements/node.txt pyproject.toml \

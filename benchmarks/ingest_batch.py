@@ -48,7 +48,7 @@ def compare(report: Report, arguments: Namespace, service: Service) -> None:
     url = f"{service.url}/v1/ingest"
     timeline, peer_timeline = Timeline(DEVICES), Timeline(DEVICES)
     post_batches(url, timeline, 1000, 2, arguments.seconds)  # warm-up
-    for size in SIZES:
+    for size in arguments.sizes:
         for clients in CLIENTS:
             rates, times, statement_rates, peer_rates = [], [], [], []
             for _ in range(arguments.rounds):
@@ -90,6 +90,9 @@ def _compare(ours: list[float], theirs: list[float]) -> Spread:
 
 def main() -> None:
     parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[*SIZES], help="only these bodies; no result"
+    )
     parser.add_argument("--peer-batch-url", metavar="URL", help="where a peer takes many readings")
     parser.add_argument(
         "--peer-batch-key", metavar="NAME", help='its bodies are {"NAME":[...]}, not arrays'
@@ -105,7 +108,8 @@ def main() -> None:
     )
     with open_service(arguments.database_url) as service:
         compare(report, arguments, service)
-    report.write()
+    if arguments.sizes == [*SIZES]:  # a part is not a result
+        report.write()
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def compare(
     report.open_table("connections", "what", "a second", "p50 ms", "p99 ms", "service / it")
     for one in (target, *others):
         one.run(64, arguments.seconds)  # warm-up: the devices are registered, the plans made
-    for connections in CONNECTIONS:
+    for connections in arguments.connections:
         runs = defaultdict[str, list[WrkRun]](list)
         groups = []
         statement_rates = []
@@ -192,7 +192,11 @@ def _require_stored(times: dict[int, list[float]]) -> None:
 
 
 def main() -> None:
-    arguments = parse_arguments(argument_parser(__doc__))
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--connections", type=int, nargs="+", default=[*CONNECTIONS], help="only these; no result"
+    )
+    arguments = parse_arguments(parser)
     server = arguments.database_url
     report = Report(__file__, "Single POSTs, stored before they are answered", arguments)
     report.say_shared(arguments)
@@ -221,7 +225,8 @@ def main() -> None:
         compare(report, arguments, service, target, others)
         measure_fleet(report, arguments, service, target.url)
         measure_burst(report, arguments, target.url)
-    report.write()
+    if arguments.connections == [*CONNECTIONS]:  # a part is not a result
+        report.write()
 
 
 if __name__ == "__main__":

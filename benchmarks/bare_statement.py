@@ -17,8 +17,11 @@ from energy_platform import database, ingest
 from load import STEP, Timeline, order_devices, run_apart
 
 _SQL = database.load_queries(Path(ingest.__file__).with_suffix(".sql"))
-INSERT_METERS = _SQL["insert_meter_readings"]
-INSERT_VEHICLES = _SQL["insert_vehicle_readings"]
+RECORD = {
+    (True, False): _SQL["record_meter_readings"],
+    (False, True): _SQL["record_vehicle_readings"],
+    (True, True): _SQL["record_readings"],
+}
 CONNECT_SECONDS = 1.5  # until all processes are ready to begin together
 WARM_UP_TRANSACTIONS = 10  # until the plans are those that are kept
 
@@ -27,25 +30,19 @@ def _store(db: psycopg.Connection[Any], readings: list[tuple[int, datetime]]) ->
     """What the writer does of a group in which nothing is refused or doubtful."""
     meters = [reading for reading in readings if reading[0] % 2 == 0]
     vehicles = [reading for reading in readings if reading[0] % 2]
-    received_at = datetime.now(UTC)
-    with db.transaction():
-        if meters:
-            columns = {
-                "meter_id": [f"M-{device:05}" for device, _ in meters],
-                "ts": [ts for _, ts in meters],
-                "kwh_consumed_ac": [device % 7 / 1e4 for device, _ in meters],
-                "voltage": [230.5] * len(meters),
-            }
-            db.execute(INSERT_METERS, {**columns, "received_at": received_at})
-        if vehicles:
-            columns = {
-                "vehicle_id": [f"V-{device:05}" for device, _ in vehicles],
-                "ts": [ts for _, ts in vehicles],
-                "soc": [75.5] * len(vehicles),
-                "kwh_delivered_dc": [device % 7 / 1e4 for device, _ in vehicles],
-                "battery_temp": [36.5] * len(vehicles),
-            }
-            db.execute(INSERT_VEHICLES, {**columns, "received_at": received_at})
+    columns = {
+        "received_at": datetime.now(UTC),
+        "meter_id": [f"M-{device:05}" for device, _ in meters],
+        "meter_ts": [ts for _, ts in meters],
+        "kwh_consumed_ac": [device % 7 / 1e4 for device, _ in meters],
+        "voltage": [230.5] * len(meters),
+        "vehicle_id": [f"V-{device:05}" for device, _ in vehicles],
+        "vehicle_ts": [ts for _, ts in vehicles],
+        "soc": [75.5] * len(vehicles),
+        "kwh_delivered_dc": [device % 7 / 1e4 for device, _ in vehicles],
+        "battery_temp": [36.5] * len(vehicles),
+    }
+    db.execute(RECORD[bool(meters), bool(vehicles)], columns)
 
 
 def _list_readings(devices: list[int], since: datetime) -> Iterator[tuple[int, datetime]]:

@@ -15,12 +15,13 @@ _STANDARD: Final = set(vars(logging.makeLogRecord({}))) | {"message", "asctime",
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger, event, the record's extra keys, and the traceback if there is one."""
+    """Time, level, pid, logger, event, the record's extra keys, and the traceback if there is."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z",
             "level": record.levelname,
+            "pid": record.process,
             "logger": record.name,
             "event": record.getMessage(),
         }

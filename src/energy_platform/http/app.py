@@ -70,11 +70,10 @@ def create_app(
     )
     state.ingest = ingest
     state.metrics = metrics
-    metrics.watch_writer(lambda: state.service.writer)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        async with _open_service(settings, dsn, clock, runs_jobs) as service:
+        async with _open_service(settings, dsn, clock, runs_jobs, metrics) as service:
             state.service = app.state.service = service
             _rest_garbage_collector()
             if service.keys.is_open:
@@ -130,7 +129,11 @@ async def _provide_service(state: State) -> Service:
 
 @contextlib.asynccontextmanager
 async def _open_service(
-    settings: Settings, dsn: str, clock: Callable[[], datetime], runs_jobs: bool
+    settings: Settings,
+    dsn: str,
+    clock: Callable[[], datetime],
+    runs_jobs: bool,
+    metrics: Metrics,
 ) -> AsyncIterator[Service]:
     """Open pools, keys, writer and jobs; close them in reverse, the writer once it has drained."""
     async with contextlib.AsyncExitStack() as stack:
@@ -160,6 +163,7 @@ async def _open_service(
                     queue_bytes_max=settings.queue_bytes_max,
                 )
             )
+            await stack.enter_async_context(_background(metrics.follow(writer)))
         await stack.enter_async_context(_background(keys.keep_fresh()))
         if runs_jobs:
             await stack.enter_async_context(_job_loop(dsn, clock))

@@ -1,14 +1,18 @@
 """The whole platform, as a user runs it."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
+
+SECONDS_MAX = 60.0  # in which a process does what it should
 
 
 class Platform:
@@ -61,6 +65,66 @@ class Platform:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+class Served:
+    """`energy-platform serve` on a database that is there, in processes of their own."""
+
+    def __init__(self, dsn: str, *options: str) -> None:
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.lines: list[dict[str, Any]] = []  # of the log, as they come
+        self.messages: list[str] = []  # what is said beside it
+        self._more = threading.Condition()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("ENERGY_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "energy_platform", "serve", "--port", str(self.port), *options],
+            stderr=subprocess.PIPE, text=True, env={**environment, "ENERGY_DATABASE_URL": dsn},
+        )  # fmt: skip
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as pipe:
+            for line in pipe:
+                with self._more:
+                    if line.startswith("{"):
+                        self.lines.append(msgspec.json.decode(line))
+                    else:
+                        self.messages.append(line)
+                    self._more.notify_all()
+
+    def logged(self, event: str, **wanted: object) -> list[dict[str, Any]]:
+        """The lines of the log with this event and these keys."""
+        with self._more:
+            wanted = {"event": event, **wanted}
+            return [line for line in self.lines if wanted.items() <= line.items()]
+
+    def await_logged(self, event: str, count: int, **wanted: object) -> list[dict[str, Any]]:
+        """Those, once there are so many."""
+        with self._more:
+            assert self._more.wait_for(
+                lambda: len(self.logged(event, **wanted)) >= count, timeout=SECONDS_MAX
+            ), f"not {count} times in the log: {event} {wanted}"
+            return self.logged(event, **wanted)
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it, and whatever workers it left."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for line in self.logged("worker serves"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(line["worker_pid"], signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
 
 
 def _drain(pipe: IO[str]) -> None:

@@ -34,6 +34,8 @@ BESIDE: dict[str, set[str]] = {
     "__main__": {"cli"},
     "logs": set(),
     "embedded": {"errors"},
+    # Knows processes, not what they do: the command line says that.
+    "workers": {"errors"},
     # Says what is wrong with a running schema, for the command line.
     "doctor": {"database", "errors", "schema", "settings"},
     # Which database a command works on: the engine, or a server.

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import functools
 import getpass
 import gzip
 import itertools
@@ -11,15 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import uvicorn
-from uvicorn.supervisors import Multiprocess
 
 from energy_platform import (
     __version__,
@@ -31,6 +31,7 @@ from energy_platform import (
     logs,
     runtime,
     schema,
+    workers,
 )
 from energy_platform.errors import (
     EnergyError,
@@ -39,6 +40,7 @@ from energy_platform.errors import (
     StorageError,
     UnreachableError,
 )
+from energy_platform.http import metrics
 from energy_platform.http.access import is_loopback
 from energy_platform.http.app import create_app
 from energy_platform.http.protocol import JoinedWritesProtocol
@@ -116,36 +118,56 @@ def run_serve(settings: Settings, _arguments: argparse.Namespace) -> int:
     if problem:
         raise SetupError(problem, hint="run `energy-platform migrate`")
     _prepare_keys(settings.database_url, settings)
-    if settings.workers == 1:
-        app = create_app(settings, settings.database_url)
-        server = _Server(uvicorn_config(app, settings))
+    if settings.workers > 1:
+        return _serve_by_workers(settings)
+    app = create_app(settings, settings.database_url)
+    server = _Server(uvicorn_config(app, settings))
+    with _stop_by_signal():
         server.run(sockets=[_listen(settings)])
-        return DONE if server.started else WRONG_USE
-    # Worker processes read their settings from the environment, so what was given as options must
-    # be there as well.
-    for option in OPTIONS:
-        value = getattr(settings, option.field)
-        if "serve" in option.commands and value is not None:
-            os.environ[option.environment_name] = _environment_text(value)
-    config = uvicorn_config("energy_platform.cli:create_worker_app", settings)
-    config.factory = True
-    config.workers = settings.workers
-    Multiprocess(config, [_listen(settings)]).run()
+    return DONE if server.started else WRONG_USE
+
+
+def _serve_by_workers(settings: Settings) -> int:
+    """The service in several processes. This one holds the address, and serves nothing."""
+    with (
+        _bind(settings) as held,
+        # In memory where there is such a folder: a write to a mapped file may wait for a disk.
+        tempfile.TemporaryDirectory(
+            prefix="energy-metrics-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        ) as folder,
+    ):
+        # From here on only sockets that say so as well share the address, which are the workers'.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        settings = msgspec.structs.replace(settings, port=held.getsockname()[1])
+        asyncio.run(
+            workers.Workers(
+                functools.partial(_run_worker, settings, folder),
+                settings.workers,
+                functools.partial(metrics.forget_gauges, folder),
+            ).keep()
+        )
     return DONE
 
 
-def create_worker_app() -> Any:
-    """The application of one of several worker processes."""
+def _run_worker(settings: Settings, folder: str, number: int, line: workers.Line) -> None:
+    """One of several processes of the service, from its start to its end."""
     logs.set_up_logs()
-    settings = load_settings("serve", os.environ)
+    metrics.share_metrics(folder, number)
     assert settings.database_url
-    return create_app(settings, settings.database_url)
+    config = uvicorn_config(create_app(settings, settings.database_url), settings)
+    server = _Server(config)
 
+    async def say_alive() -> None:
+        if not line.say_alive():
+            server.should_exit = True
 
-def _environment_text(value: Any) -> str:
-    if isinstance(value, timedelta):
-        return f"PT{value.total_seconds():.0f}S"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    config.callback_notify = say_alive
+    config.timeout_notify = workers.ALIVE_SECONDS
+    # A listener of its own takes connections from when the worker is ready until it ends. Of one
+    # that is shared, the worker that wakes first takes most: 29 of 32 in the median of two workers.
+    with contextlib.suppress(KeyboardInterrupt), _stop_by_signal():
+        server.run(sockets=[_bind(settings, socket.SO_REUSEPORT)])
 
 
 def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
@@ -168,14 +190,28 @@ def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
 
 def _listen(settings: Settings) -> socket.socket:
     """The service's socket, taken before anything else is started. Raises: SetupError."""
+    listener = _bind(settings)
+    listener.listen(2048)
+    return listener
+
+
+def _bind(settings: Settings, *options: int) -> socket.socket:
+    """A socket that has the service's address. Raises: SetupError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(family)
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        for option in (socket.SO_REUSEADDR, *options):
+            bound.setsockopt(socket.SOL_SOCKET, option, 1)
+        bound.bind((settings.host, settings.port))
     except OSError as error:
+        bound.close()
         raise SetupError(
             f"The service cannot listen on {settings.host} port {settings.port}: {error.strerror}.",
             hint="choose another by --port",
         ) from error
+    return bound
 
 
 class _Server(uvicorn.Server):

@@ -81,7 +81,8 @@ class Served:
             [sys.executable, "-m", "energy_platform", "serve", "--port", str(self.port), *options],
             stderr=subprocess.PIPE, text=True, env={**environment, "ENERGY_DATABASE_URL": dsn},
         )  # fmt: skip
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -108,15 +109,24 @@ class Served:
             ), f"not {count} times in the log: {event} {wanted}"
             return self.logged(event, **wanted)
 
+    def await_end(self) -> None:
+        """Until its last process has ended, so that nobody holds the pipe."""
+        self._reader.join(SECONDS_MAX)
+        assert not self._reader.is_alive(), "a worker stays"
+
     def __enter__(self) -> "Served":
         return self
 
     def __exit__(self, *_: object) -> None:
         """End it, and whatever workers it left."""
-        if self.process.poll() is None:
+        self.process.terminate()
+        try:
+            self.process.wait(SECONDS_MAX)
+        except subprocess.TimeoutExpired:
             self.process.kill()
-        self.process.wait()
-        for line in self.logged("worker serves"):
+            self.process.wait()
+        self._reader.join(SECONDS_MAX)
+        for line in self.logged("worker serves") if self._reader.is_alive() else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(line["worker_pid"], signal.SIGKILL)
 

@@ -229,6 +229,7 @@ def test_workers_end_when_the_process_that_watches_them_is_killed(served: Served
     await_progress(senders)
     served.process.kill()
     served.process.wait()
+    served.await_end()
     await_refused(served.port)
     for sender in senders:
         sender.finish()

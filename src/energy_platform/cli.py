@@ -8,6 +8,7 @@ import getpass
 import gzip
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -168,6 +169,8 @@ def _run_worker(settings: Settings, folder: str, number: int, line: workers.Line
     # that is shared, the worker that wakes first takes most: 29 of 32 in the median of two workers.
     with contextlib.suppress(KeyboardInterrupt), _stop_by_signal():
         server.run(sockets=[_bind(settings, socket.SO_REUSEPORT)])
+    if not line.say_alive():  # whoever made the folder was killed
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:

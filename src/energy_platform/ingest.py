@@ -197,6 +197,14 @@ class Writer:
         self._wake.set()
         await asyncio.gather(*self._tasks)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more is let in at the moment, however small it is."""
+        return self._closing or (
+            self.queued_readings >= self._queue_readings_max
+            or self.queued_bytes >= self._queue_bytes_max
+        )
+
     async def record(
         self, batch: Batch, body_bytes: int, key_id: str | None = None, *, keep_unfit: bool = True
     ) -> list[Outcome]:

@@ -37,6 +37,7 @@ _log = logging.getLogger("energy_platform.http")
 
 JOB_PAUSE_SECONDS: Final = 30.0
 VACUUM_PAUSE_SECONDS: Final = 3600.0
+REFUSED_LOG_SECONDS: Final = 1.0
 INGEST_PATH: Final = "/v1/ingest"
 GC_THRESHOLD: Final = 20_000  # objects made, net of those freed, until the young ones are looked at
 
@@ -263,6 +264,8 @@ class _Front:
         self._app = app
         self._state = state
         self._ingest = ingest
+        self._refused = 0  # bodies of readings since it was logged
+        self._refused_logged_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
@@ -294,8 +297,11 @@ class _Front:
         route = scope.get("path_template", "unknown")
         metrics: Metrics = self._state.metrics
         metrics.note_request(scope["method"], route, status, seconds)
-        # Readings that are taken are counted, not logged: they are nearly all of the traffic.
-        if path != INGEST_PATH or status >= 400:
+        # Readings that are taken are counted, not logged: they are nearly all of the traffic. Those
+        # that come too fast have a line a second.
+        if path == INGEST_PATH and status == 503:
+            self._note_refused()
+        elif path != INGEST_PATH or status >= 400:
             extra = {
                 "method": scope["method"],
                 "path": path,
@@ -303,6 +309,14 @@ class _Front:
                 "seconds": round(seconds, 6),
             }
             _log.log(logging.ERROR if status == 500 else logging.INFO, "request", extra=extra)
+
+    def _note_refused(self) -> None:
+        self._refused += 1
+        now = time.monotonic()
+        if now - self._refused_logged_at >= REFUSED_LOG_SECONDS:
+            _log.warning("readings refused", extra={"status": 503, "requests": self._refused})
+            self._refused = 0
+            self._refused_logged_at = now
 
 
 def _decode_path(scope: Any) -> None:

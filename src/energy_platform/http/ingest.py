@@ -126,6 +126,8 @@ class IngestEndpoint:
         await send_answer(send, answer)
 
     async def _post_ingest(self, scope: Scope, receive: Receive) -> Answer:
+        if self._writer().is_full:
+            return _QUEUE_FULL  # before anything is done for it: to refuse must be cheap
         if scope["method"] != "POST":  # type: ignore[typeddict-item]
             return answer_of_problem(
                 Problem(405, "method_not_allowed", "Readings come by POST.", {}, {"Allow": "POST"})
@@ -393,6 +395,9 @@ def answer_of_problem(problem: Problem) -> Answer:
         for name, value in problem.headers.items()
     )
     return Answer(problem.status, problem.body, MEDIA_TYPE.encode(), headers)
+
+
+_QUEUE_FULL: Final = answer_of_problem(problem_of(OverloadedError()))
 
 
 async def send_answer(send: Send, answer: Answer) -> None:

@@ -11,3 +11,13 @@ ALTER TABLE vehicle_live_status
   ADD COLUMN previous_kwh_delivered_dc float8,
   ADD COLUMN previous_battery_temp float8,
   ADD COLUMN previous_received_at timestamptz;
+
+-- Readings of one device that follow upon each other, as they are judged: with when it read before them,
+-- and where what is to be judged ends, which is at the reading after them.
+CREATE TYPE judged_run AS (
+  device       text,
+  since        timestamptz,
+  until        timestamptz,
+  previous_ts  timestamptz,
+  last_ts      timestamptz
+);

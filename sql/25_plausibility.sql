@@ -257,15 +257,82 @@ CREATE OR REPLACE FUNCTION judge_inserted(
   device_class text, devices text[], instants timestamptz[])
 RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  runs public.judged_run[];
 BEGIN
-  PERFORM public.judge_range($1, run.device, min(run.ts), max(run.ts))
-  FROM (SELECT k.device, k.ts, count(*) FILTER (WHERE k.is_far) OVER (PARTITION BY k.device ORDER BY k.ts)
-                                 AS number
-        FROM (SELECT u.device, u.ts,
-                     u.ts - lag(u.ts) OVER (PARTITION BY u.device ORDER BY u.ts) > INTERVAL '1 hour'
-                       AS is_far
-              FROM unnest(devices, instants) AS u (device, ts)) k) run
-  GROUP BY run.device, run.number ORDER BY run.device, run.number;
+  SELECT array_agg((r.device, r.since, r.until, NULL, NULL)::public.judged_run ORDER BY r.device, r.since)
+  INTO runs
+  FROM (SELECT k.device, min(k.ts) AS since, max(k.ts) AS until
+        FROM (SELECT f.device, f.ts,
+                     count(*) FILTER (WHERE f.is_far) OVER (PARTITION BY f.device ORDER BY f.ts) AS number
+              FROM (SELECT u.device, u.ts,
+                           u.ts - lag(u.ts) OVER (PARTITION BY u.device ORDER BY u.ts)
+                             > INTERVAL '1 hour' AS is_far
+                    FROM unnest(devices, instants) AS u (device, ts)) f) k
+        GROUP BY k.device, k.number) r;
+  IF cardinality(runs) > 1 THEN
+    runs := public.judge_runs(device_class, runs);
+  END IF;
+  PERFORM public.judge_range($1, r.device, r.since, r.until) FROM unnest(runs) r;
+END $$;
+
+-- judge_range() of many runs of readings at once, as far as the readings before and after a run are within
+-- an hour of it, or none can be after it. Returns the others.
+CREATE OR REPLACE FUNCTION judge_runs(device_class text, runs judged_run[]) RETURNS judged_run[]
+LANGUAGE plpgsql AS $$
+DECLARE
+  -- By column: what the two classes have in common. Put into the text, so that each plan is made for the
+  -- chunks of these runs.
+  history constant text := format(
+    '(SELECT h.%1$s_id AS device, h.ts, h.received_at, %2$s FROM public.%1$s_telemetry_history h'
+    ' WHERE h.ts >= %3$L AND h.ts <= %4$L)',
+    device_class,
+    CASE device_class
+      WHEN 'meter' THEN 'h.kwh_consumed_ac AS kwh, NULL::float8 AS soc, NULL::float8 AS temp'
+      ELSE 'h.kwh_delivered_dc AS kwh, h.soc, h.battery_temp AS temp' END,
+    (SELECT min(r.since) FROM unnest(runs) r) - INTERVAL '1 hour',
+    (SELECT max(r.until) FROM unnest(runs) r) + INTERVAL '1 hour');
+  near public.judged_run[];
+BEGIN
+  EXECUTE format($query$
+    SELECT array_agg((r.device, r.since, r.until, before.ts, coalesce(after.ts, r.until))::public.judged_run)
+    FROM unnest($1) r
+    LEFT JOIN public.%1$s_live_status live ON live.%1$s_id = r.device
+    CROSS JOIN LATERAL (
+      SELECT h.ts FROM %2$s h
+      WHERE h.device = r.device AND h.ts < r.since AND h.ts >= r.since - INTERVAL '1 hour'
+      ORDER BY h.ts DESC LIMIT 1) before
+    LEFT JOIN LATERAL (
+      SELECT h.ts FROM %2$s h
+      WHERE h.device = r.device AND h.ts > r.until AND h.ts <= r.until + INTERVAL '1 hour'
+      ORDER BY h.ts LIMIT 1) after ON true
+    WHERE after.ts IS NOT NULL OR live.ts <= r.until$query$, device_class, history)
+  INTO near USING runs;
+  DELETE FROM public.suspect_reading s USING unnest(near) r
+  WHERE s.device_class = judge_runs.device_class AND s.device_id = r.device
+    AND s.ts >= r.since AND s.ts <= r.last_ts;
+  EXECUTE format($query$
+    INSERT INTO public.suspect_reading (device_class, device_id, ts, code, detail)
+    SELECT %1$L, j.device, (j.r).ts, i.code, i.detail
+    FROM (
+      SELECT r.device, r.since, h.reading AS r,
+             lag(h.reading) OVER (PARTITION BY r.device, r.since ORDER BY (h.reading).ts) AS p
+      FROM unnest($1) r
+      CROSS JOIN LATERAL (
+        SELECT (h.ts, h.kwh, h.soc, h.temp, h.received_at)::public.judged_reading AS reading
+        FROM %2$s h
+        WHERE h.device = r.device AND h.ts >= r.previous_ts AND h.ts <= r.last_ts) h) j
+    JOIN public.%1$s d ON d.%1$s_id = j.device
+    JOIN public.plausibility_limit soft ON soft.device_class = %1$L
+    CROSS JOIN LATERAL public.implausibilities(
+      j.r, j.p, d.energy_kind, d.reporting_interval,
+      soft.power_kw_soft, soft.step_kwh_soft, soft.temp_rate_soft, soft.soc_rate_soft) i
+    WHERE (j.r).ts >= j.since
+    ON CONFLICT DO NOTHING$query$, device_class, history)
+  USING near;
+  RETURN ARRAY(SELECT r FROM unnest(runs) r
+               WHERE (r.device, r.since) NOT IN (SELECT n.device, n.since FROM unnest(near) n)
+               ORDER BY r.device, r.since);
 END $$;
 
 -- Which of some readings that are in history break a hard limit, by position. In the order of time: one

@@ -66,6 +66,7 @@ COMMENT ON TABLE suspect_reading IS
   'Readings of history that are not plausible after the reading before them, each with the reason. They are in every figure.';
 
 COMMENT ON TYPE judged_reading IS 'A reading of either class, as it is judged. Internal.';
+COMMENT ON TYPE judged_run IS 'Readings of one device that follow upon each other, as they are judged. Internal.';
 COMMENT ON TYPE piece_measures IS 'What one device measured in a piece of time. Internal.';
 COMMENT ON TYPE charging_session IS 'The row of charging_session_v1().';
 COMMENT ON TYPE vehicle_performance IS
@@ -341,6 +342,8 @@ COMMENT ON FUNCTION last_dropped_hour(text, text) IS
   'The last hour of a device that is rolled up and has no raw rows any more.';
 COMMENT ON FUNCTION judge_inserted(text, text[], timestamptz[]) IS
   'For the writer: flag what is suspect among readings just inserted.';
+COMMENT ON FUNCTION judge_runs(text, judged_run[]) IS
+  'judge_range() of many runs at once, where the readings around them are near; returns the others.';
 COMMENT ON FUNCTION implausible_beyond_limits(text, text[], timestamptz[]) IS
   'Which of some readings in history break a hard limit, with code and detail.';
 COMMENT ON FUNCTION hold_device(text, text) IS

@@ -36,6 +36,7 @@ Outcome = Literal["stored", "duplicate", "conflicting", "rejected"]
 OUTCOMES: Final[tuple[Outcome, ...]] = ("stored", "duplicate", "conflicting", "rejected")
 
 TRANSACTION_READINGS_MAX: Final = 20_000
+SHARED_READINGS_MIN: Final = 500  # that wait until a further connection takes its part
 REFUSALS_ROUNDS_MAX: Final = 20  # of a transaction that is run again without what is implausible
 ATTEMPTS_MAX: Final = 5  # of a transaction that deadlocks or cannot be serialized
 QUARANTINE_PAYLOAD_BYTES_MAX: Final = 65_536
@@ -150,7 +151,10 @@ def _number_runs(hours: set[int]) -> dict[int, int]:
 
 
 class Writer:
-    """Group commit over one connection or a few.
+    """Group commit over one connection, and over further ones while much is waiting.
+
+    Of single readings, one connection makes larger groups and shorter waits than two; of bodies of
+    many, two keep the database at work while the next ones are decoded.
 
     `clock` gives the instant that is kept as received_at. A reading is late when its hour can be
     rolled up already, that is when it ended over `refresh_end` ago.
@@ -162,7 +166,7 @@ class Writer:
         *,
         clock: Callable[[], datetime],
         refresh_end: timedelta,
-        connections: int = 1,
+        connections: int = 2,
         queue_readings_max: int = 100_000,
         queue_bytes_max: int = 64 * 2**20,
     ) -> None:
@@ -177,6 +181,7 @@ class Writer:
         self._queue_readings_max = queue_readings_max
         self._queue_bytes_max = queue_bytes_max
         self._wake = asyncio.Event()
+        self._wake_others = asyncio.Event()  # once there is enough for further connections
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
         self.queued_readings = 0
@@ -186,7 +191,7 @@ class Writer:
 
     async def __aenter__(self) -> "Writer":
         self._tasks = [
-            asyncio.create_task(self._run(), name=f"writer {number}")
+            asyncio.create_task(self._run(is_first=number == 0), name=f"writer {number}")
             for number in range(self._connections)
         ]
         return self
@@ -195,6 +200,7 @@ class Writer:
         """Write what is queued, then end."""
         self._closing = True
         self._wake.set()
+        self._wake_others.set()
         await asyncio.gather(*self._tasks)
 
     @property
@@ -233,20 +239,24 @@ class Writer:
         self.queued_readings += count
         self.queued_bytes += body_bytes
         self._wake.set()
+        if self.queued_readings >= SHARED_READINGS_MIN:
+            self._wake_others.set()
         await submission.done
         return submission.outcomes
 
     # ---- the loop -----------------------------------------------------------------------------
 
-    async def _run(self) -> None:
+    async def _run(self, *, is_first: bool) -> None:
+        wake = self._wake if is_first else self._wake_others
+        readings_min = 1 if is_first else SHARED_READINGS_MIN
         connection: AsyncConnection[Any] | None = None
         while True:
-            group = self._take()
+            group = self._take() if self.queued_readings >= readings_min else []
             if not group:
                 if self._closing:
                     break
-                self._wake.clear()
-                await self._wake.wait()
+                wake.clear()
+                await wake.wait()
                 continue
             try:
                 connection = await self._write(connection, group)

@@ -73,8 +73,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "all"
     workers: Annotated[int, _meta("serve", "service processes", ge=1, le=64)] = 1
     writer_connections: Annotated[
-        int, _meta(_SERVICE, "connections that each process writes with", ge=1, le=16)
-    ] = 1
+        int, _meta(_SERVICE, "connections that each process writes with at most", ge=1, le=16)
+    ] = 2
     reader_connections: Annotated[
         int, _meta(_SERVICE, "connections that each process reads with", ge=1, le=100)
     ] = 8

@@ -5,7 +5,8 @@
 The question it serves: what is an answer, or a day of ingest, like when there is much behind it?
 The database is migrated first, and must hold no readings. It is left as the platform would have left
 it by itself: rolled up, the older chunks compressed, the newest reading of each device live. The same
-arguments give the same readings.
+arguments give the same readings. The devices are M-S00001, V-S00001 and so on: no load of the other
+benchmarks writes to them.
 
 Rows are stored in the order in which they would have arrived: by time, then by device. Device by
 device they would lie close together on disk, and every answer would look better than it is. They are
@@ -90,8 +91,8 @@ class Fleet(NamedTuple):
 CREATE_DEVICES = """
 CREATE TEMPORARY TABLE seed_device AS
 SELECT number, power_kw, capacity_kwh, efficiency, ambient, plug_in, phase,
-       'M-' || lpad(number::text, 5, '0') AS meter_id,
-       'V-' || lpad(number::text, 5, '0') AS vehicle_id,
+       'M-S' || lpad(number::text, 5, '0') AS meter_id,
+       'V-S' || lpad(number::text, 5, '0') AS vehicle_id,
        number %% 10 = 3 AS meter_is_register,
        number %% 10 = 7 AS vehicle_is_register,
        arrival_soc,
@@ -231,13 +232,13 @@ def _fill(dsn: str, db: psycopg.Connection[Any], fleet: Fleet, say: Any) -> None
     eras = fleet.eras()
     for era in eras:
         say(f"{era.since:%Y-%m-%d} to {era.until:%Y-%m-%d %H:%M}: every {era.interval}")
-    _create_devices(db, fleet)
+    create_devices(db, fleet.devices)
     db.execute(DECLARE_DEVICES)
     with tqdm(total=fleet.readings(), unit=" readings", unit_scale=True, mininterval=1) as bar:
 
         def fill_history(name: str) -> None:
             with connect_now(dsn, f"seed {name}") as session:
-                _create_devices(session, fleet)
+                create_devices(session, fleet.devices)
                 for era in eras:
                     for since, until in _days(era):
                         piece = {"since": since, "until": until, "interval": era.interval}
@@ -251,10 +252,11 @@ def _fill(dsn: str, db: psycopg.Connection[Any], fleet: Fleet, say: Any) -> None
             list(pool.map(fill_history, MAKE_READINGS))
 
 
-def _create_devices(db: psycopg.Connection[Any], fleet: Fleet) -> None:
+def create_devices(db: psycopg.Connection[Any], devices: int) -> None:
+    """Make ready, for this session, what MAKE_READINGS needs."""
     # A piece is sorted in memory, and nothing is compiled for it.
     db.execute("SET work_mem = '256MB'; SET jit = off")
-    db.execute(CREATE_DEVICES, {"devices": fleet.devices})
+    db.execute(CREATE_DEVICES, {"devices": devices})
 
 
 def _days(era: Era) -> Iterator[tuple[datetime, datetime]]:

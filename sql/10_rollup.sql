@@ -121,20 +121,45 @@ EXCEPTION WHEN undefined_table OR undefined_column THEN
   RETURN 0;
 END $$;
 
+-- The same of the chunks between two instants only, however many others there are: what an answer has
+-- not read from cannot have misled it.
+CREATE OR REPLACE FUNCTION raw_store_version(since timestamptz, until timestamptz) RETURNS bigint
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  lo constant bigint := _timescaledb_functions.to_unix_microseconds(since);
+  hi constant bigint := _timescaledb_functions.to_unix_microseconds(until);
+BEGIN
+  RETURN (SELECT coalesce(bit_xor(hashtidextended(c.ctid, c.id)), 0)
+          FROM _timescaledb_catalog.hypertable h
+          JOIN _timescaledb_catalog.dimension d ON d.hypertable_id = h.id
+          JOIN _timescaledb_catalog.dimension_slice s ON s.dimension_id = d.id
+          JOIN _timescaledb_catalog.chunk_constraint k ON k.dimension_slice_id = s.id
+          JOIN _timescaledb_catalog.chunk c ON c.id = k.chunk_id
+          WHERE h.schema_name = 'public'
+            AND h.table_name IN ('meter_telemetry_history', 'vehicle_telemetry_history')
+            AND s.range_start < hi AND s.range_end > lo);
+EXCEPTION WHEN undefined_table OR undefined_column OR undefined_function THEN
+  RETURN public.raw_store_version();
+END $$;
+
 -- An answer reads rows by the snapshot of its statement, but each of its parts is planned by how
 -- chunks are stored at that moment. Rows that were moved or dropped in between are in neither place,
 -- so the answer would lack them: it is refused, and to ask again is all that is needed. VOLATILE, so
--- that this looks at the chunks as they are now.
-CREATE OR REPLACE FUNCTION check_raw_store(version bigint) RETURNS void
+-- that this looks at the chunks as they are now; the version is the caller's, so that of its snapshot.
+CREATE OR REPLACE FUNCTION check_raw_store(
+  version bigint, since timestamptz DEFAULT NULL, until timestamptz DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
-  IF public.raw_store_version() <> version THEN
+  IF version <> (CASE WHEN since IS NULL THEN public.raw_store_version()
+                      ELSE public.raw_store_version(since, until) END)
+  THEN
     RAISE EXCEPTION USING
       ERRCODE = 'serialization_failure',
       MESSAGE = 'raw chunks were compressed or dropped while the answer was made',
       HINT = 'Ask again.';
   END IF;
 END $$;
+DROP FUNCTION IF EXISTS check_raw_store(bigint);
 
 -- rolled: the whole hours of the window to be read from the rollup: those that are not dirty, and
 --   those without a raw chunk.

@@ -61,12 +61,27 @@ END $$;
 
 -- From whole rolled-up hours.
 CREATE OR REPLACE FUNCTION rolled_measures(
-  device_class text, device text, since timestamptz, until timestamptz)
+  device_class text, device text, energy_kind text, since timestamptz, until timestamptz)
 RETURNS piece_measures
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
   m public.piece_measures;
 BEGIN
+  -- The rollup has many chunks in the end, so plans are made for the window here, too: the less there
+  -- is to plan, the better.
+  IF energy_kind <> 'register' THEN
+    IF device_class = 'meter' THEN
+      SELECT sum(readings), sum(kwh_sum), 0.0 INTO m.readings, m.kwh_sum, m.temp_sum
+      FROM public.meter_hourly_materialized
+      WHERE meter_id = device AND hour >= since AND hour < until;
+    ELSE
+      SELECT sum(readings), sum(kwh_sum), sum(battery_temp_sum)
+      INTO m.readings, m.kwh_sum, m.temp_sum
+      FROM public.vehicle_hourly_materialized
+      WHERE vehicle_id = device AND hour >= since AND hour < until;
+    END IF;
+    RETURN m;
+  END IF;
   IF device_class = 'meter' THEN
     SELECT sum(readings), sum(kwh_sum), sum(kwh_increase + step),
            public.first(kwh_first, hour), public.last(kwh_last, hour), 0.0 INTO m
@@ -84,11 +99,13 @@ BEGIN
   END IF;
   RETURN m;
 END $$;
+DROP FUNCTION IF EXISTS rolled_measures(text, text, timestamptz, timestamptz);
 
 -- The kWh of the device's last reading before an instant, NULL where there is none: what a register
 -- steps from. Searched backwards in bounded steps, because an unbounded search opens every chunk:
 -- in the raw rows of ten days, then in the rollup. What the rollup says of an hour counts only where
--- no raw row may say otherwise: dirty hours, back to the one that it found, are looked up raw.
+-- no raw row may say otherwise: dirty hours, back to the one that it found, are looked up raw. What was
+-- searched is not the caller's window, so this sees to it that the store stood still there.
 CREATE OR REPLACE FUNCTION register_before(device_class text, device text, instant timestamptz)
 RETURNS float8
 LANGUAGE plpgsql STABLE AS $$
@@ -96,22 +113,37 @@ DECLARE
   reach interval;
   since timestamptz;
   until timestamptz := instant;
-  reached timestamptz;      -- raw rows are searched down to here
   found_kwh float8;
-  rolled record;            -- the newest hour of the rollup that is not ruled out yet
-  dirty tstzmultirange;
-  piece tstzrange;
 BEGIN
   FOREACH reach IN ARRAY ARRAY[INTERVAL '1 hour', INTERVAL '1 day', INTERVAL '10 days'] LOOP
     since := instant - reach;
     found_kwh := public.raw_before(device_class, device, since, until);
     IF found_kwh IS NOT NULL THEN
+      PERFORM public.check_raw_store(
+        public.raw_store_version(since, instant), since, instant);
       RETURN found_kwh;
     END IF;
     until := since;
   END LOOP;
-  reached := until;
+  found_kwh := public.register_long_before(device_class, device, instant, until);
+  PERFORM public.check_raw_store(public.raw_store_version());
+  RETURN found_kwh;
+END $$;
 
+-- The same, where the raw rows down to `searched` are known to hold none.
+CREATE OR REPLACE FUNCTION register_long_before(
+  device_class text, device text, instant timestamptz, searched timestamptz)
+RETURNS float8
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  since timestamptz;
+  until timestamptz;
+  reached timestamptz := searched;  -- raw rows are searched down to here
+  found_kwh float8;
+  rolled record;                    -- the newest hour of the rollup that is not ruled out yet
+  dirty tstzmultirange;
+  piece tstzrange;
+BEGIN
   -- An hour that the instant cuts has been searched above, or cannot be answered at all.
   until := instant;
   LOOP
@@ -276,7 +308,7 @@ BEGIN
     ORDER BY lo
   LOOP
     IF piece.is_rolled THEN
-      m := public.rolled_measures(device_class, device, piece.lo, piece.hi);
+      m := public.rolled_measures(device_class, device, energy_kind, piece.lo, piece.hi);
     ELSE
       m := public.raw_measures(device_class, device, energy_kind, piece.lo, piece.hi);
     END IF;
@@ -293,12 +325,15 @@ BEGIN
   END LOOP;
 END $$;
 
--- A multirange of whole hours, cut by a window that may not be: keep what is still whole.
+-- A multirange of whole hours, cut by a window that may not be: keep what is still whole. In PL/pgSQL,
+-- because it keeps its plan: in SQL it would be planned at each call.
 CREATE OR REPLACE FUNCTION whole_hours(ranges tstzmultirange) RETURNS tstzmultirange
-LANGUAGE sql IMMUTABLE AS $$
-  SELECT coalesce(range_agg(tstzrange(lo, hi)) FILTER (WHERE lo < hi), '{}')
-  FROM (SELECT CASE WHEN date_bin('1 hour', lower(r), 'epoch') = lower(r) THEN lower(r)
-                    ELSE date_bin('1 hour', lower(r), 'epoch') + INTERVAL '1 hour' END AS lo,
-               date_bin('1 hour', upper(r), 'epoch') AS hi
-        FROM unnest(ranges) r) h
-$$;
+LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+  RETURN (
+    SELECT coalesce(range_agg(tstzrange(lo, hi)) FILTER (WHERE lo < hi), '{}')
+    FROM (SELECT CASE WHEN date_bin('1 hour', lower(r), 'epoch') = lower(r) THEN lower(r)
+                      ELSE date_bin('1 hour', lower(r), 'epoch') + INTERVAL '1 hour' END AS lo,
+                 date_bin('1 hour', upper(r), 'epoch') AS hi
+          FROM unnest(ranges) r) h);
+END $$;

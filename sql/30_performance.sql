@@ -14,7 +14,6 @@ DECLARE
   window_since ALIAS FOR $2;
   window_until ALIAS FOR $3;
   answer public.vehicle_performance;
-  raw_store constant bigint := public.raw_store_version();
   device record;          -- of the vehicle: its kind and its interval in seconds
   vehicle_hours record;   -- which hours of its rollup may be read
   meter_hours record;
@@ -75,7 +74,8 @@ BEGIN
   answer.verdict := public.performance_verdict(
     answer.total_kwh_consumed_ac, answer.metered_kwh_delivered_dc, answer.efficiency_ratio,
     answer.ac_coverage, answer.dc_coverage);
-  PERFORM public.check_raw_store(raw_store);
+  PERFORM public.check_raw_store(
+    public.raw_store_version(window_since, window_until), window_since, window_until);
   RETURN NEXT answer;
 END $$;
 

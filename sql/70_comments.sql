@@ -253,10 +253,12 @@ COMMENT ON FUNCTION device_measures(
   'Energy (kWh), readings and temperature sum of one device in a window: rolled-up hours from the rollup, the rest from raw rows.';
 COMMENT ON FUNCTION raw_measures(text, text, text, timestamptz, timestamptz) IS
   'What one device measured in a piece of time, from the raw rows.';
-COMMENT ON FUNCTION rolled_measures(text, text, timestamptz, timestamptz) IS
+COMMENT ON FUNCTION rolled_measures(text, text, text, timestamptz, timestamptz) IS
   'What one device measured in a piece of time, from whole rolled-up hours.';
 COMMENT ON FUNCTION register_before(text, text, timestamptz) IS
   'kWh of a device''s last reading before an instant, however long ago; NULL: there is none.';
+COMMENT ON FUNCTION register_long_before(text, text, timestamptz, timestamptz) IS
+  'register_before(), where the raw rows down to an instant are known to hold none.';
 COMMENT ON FUNCTION raw_before(text, text, timestamptz, timestamptz) IS
   'kWh of a device''s last raw reading in a piece of time; NULL: there is none.';
 COMMENT ON FUNCTION check_edge(text, text, timestamptz, tstzmultirange) IS
@@ -274,7 +276,9 @@ COMMENT ON FUNCTION raw_chunk_ranges(name, timestamptz, timestamptz) IS
   'Where in a window a hypertable has chunks.';
 COMMENT ON FUNCTION raw_store_version() IS
   'A number that is another once a raw chunk is compressed, recompressed, decompressed or dropped.';
-COMMENT ON FUNCTION check_raw_store(bigint) IS
+COMMENT ON FUNCTION raw_store_version(timestamptz, timestamptz) IS
+  'The same of the raw chunks between two instants.';
+COMMENT ON FUNCTION check_raw_store(bigint, timestamptz, timestamptz) IS
   'Raises serialization_failure where raw chunks were compressed or dropped since the calling statement began.';
 
 COMMENT ON FUNCTION register_step(float8, float8) IS

@@ -116,6 +116,9 @@ MUTATIONS = {
     "the hour after a rolled piece is part of it": Mutation(
         MEASURES, "hour >= since AND hour < until) h", "hour >= since AND hour <= until) h", 2
     ),
+    "the hour after a rolled piece of an interval device is part of it": Mutation(
+        MEASURES, "hour >= since AND hour < until;", "hour >= since AND hour <= until;", 2
+    ),
     "first and last of a rolled piece are swapped": Mutation(
         MEASURES,
         "public.first(kwh_first, hour), public.last(kwh_last, hour)",
@@ -134,7 +137,10 @@ MUTATIONS = {
         MEASURES, "previous_kwh := public.register_before(device_class, device, since);", "NULL;"
     ),
     "the step into a window is sought for ten days": Mutation(
-        MEASURES, "  reached := until;", "RETURN NULL;", tour="silence"
+        MEASURES,
+        "found_kwh := public.register_long_before(device_class, device, instant, until);",
+        "RETURN NULL;",
+        tour="silence",
     ),
     "the step into a window ignores what is not rolled up": Mutation(
         MEASURES, "IF since < reached THEN", "IF false THEN", tour="silence"

@@ -216,3 +216,75 @@ def test_no_row_is_missed_because_its_chunk_is_stored_otherwise(
             world.fetch(vehicle, since, until)
     else:
         world.check(vehicle, since, until)
+
+
+HOUR = timedelta(hours=1)
+DAY = timedelta(days=1)
+BEGIN = utc(2026, 2, 1)
+SINCE, UNTIL = BEGIN + 4 * DAY, BEGIN + 6 * DAY
+
+# The snapshot of the answer is that of the statement, which waits before it looks at any chunk.
+HELD_ANSWER = """
+SELECT p.total_kwh_consumed_ac
+FROM (SELECT pg_advisory_xact_lock_shared(7) OFFSET 0) held
+CROSS JOIN LATERAL vehicle_performance_v1(
+  CASE WHEN held IS NULL THEN 'none' ELSE 'v' END, %s, %s) p
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "last_before", "moved_day", "is_refused"),
+    [
+        ("interval", 20 * HOUR, 5, True),  # in the window
+        ("interval", 20 * HOUR, 3, False),
+        ("interval", 20 * HOUR, 9, False),
+        ("register", 20 * HOUR, 3, True),  # holds what the window's first reading steps from
+        ("register", 20 * HOUR, 2, False),
+        ("register", 15 * DAY, 2, True),  # what it steps from was sought everywhere
+    ],
+)
+def test_an_answer_is_refused_if_a_chunk_that_it_needs_moves_meanwhile(
+    dsn: str,
+    db: Db,
+    kind: str,
+    last_before: timedelta,
+    moved_day: int,
+    is_refused: bool,
+) -> None:
+    world = World(db)
+    meter, vehicle = world.add_meter("m", kind, 3600), world.add_vehicle("v")
+    world.assign(meter, vehicle, BEGIN - 20 * DAY)
+    instants = [SINCE - last_before, *(SINCE + hour * HOUR for hour in range(48))]
+    world.read_meter(meter, [Reading(ts, 10.0 + n) for n, ts in enumerate(instants)])
+    days = [BEGIN + day * DAY for day in range(11)]  # each has a chunk
+    world.read_meter(world.add_meter("other"), [Reading(ts, 1.0) for ts in days])
+    world.refresh(None, SINCE)
+    world.check(vehicle, SINCE, UNTIL)
+
+    def ask() -> float:
+        with psycopg.connect(dsn, options="-c timezone=UTC") as session:
+            row = session.execute(HELD_ANSWER, (SINCE, UNTIL)).fetchone()
+            assert row is not None
+            return float(row[0])
+
+    (before,) = db.execute(
+        "SELECT total_kwh_consumed_ac FROM vehicle_performance_v1('v', %s, %s)", (SINCE, UNTIL)
+    ).fetchall()
+    with ThreadPoolExecutor(1) as pool:
+        db.execute("SELECT pg_advisory_lock(7)")
+        answer = pool.submit(ask)
+        waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        while db.execute(waiting).fetchone() is None:
+            assert not answer.done()
+        moved = BEGIN + moved_day * DAY
+        db.execute(
+            "SELECT compress_chunk(c) FROM show_chunks('meter_telemetry_history',"
+            " newer_than => %s::timestamptz, older_than => %s::timestamptz) c",
+            (moved, moved + DAY),
+        )
+        db.execute("SELECT pg_advisory_unlock(7)")
+        if is_refused:
+            with pytest.raises(psycopg.errors.SerializationFailure):
+                answer.result()
+        else:
+            assert answer.result() == before[0]

@@ -26,9 +26,9 @@ check: $(READY) ## lint, format and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # Each answers one question; on the server of ENERGY_DATABASE_URL, or on the embedded engine.
-BENCHMARKS := startup ingest_single ingest_batch overload refresh_cost
+BENCHMARKS := startup ingest_single ingest_batch answer_latency growth storage overload refresh_cost
 
-bench: $(READY) ## measure all, into benchmarks/results/ (half an hour; needs wrk)
+bench: $(READY) ## measure all, into benchmarks/results/ (an hour or more; needs wrk)
 	@set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done
 
 bench-quick: $(READY) ## the same in a few minutes, to see that it runs; keeps no results

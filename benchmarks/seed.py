@@ -16,6 +16,7 @@ holds on the embedded engine too, which has one session only.
 """  # noqa: E501
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from energy_platform import schema
 from energy_platform.database import connect_now
 from energy_platform.settings import Settings
+from harness import open_database
 
 DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)
@@ -89,7 +91,7 @@ class Fleet(NamedTuple):
 # drives for the rest of the day. All of it is in closed form over the seconds since it plugged in,
 # and a day ends in the state in which the next begins: no reading depends on another one.
 CREATE_DEVICES = """
-CREATE TEMPORARY TABLE seed_device AS
+CREATE TEMPORARY TABLE IF NOT EXISTS seed_device AS
 SELECT number, power_kw, capacity_kwh, efficiency, ambient, plug_in, phase,
        'M-S' || lpad(number::text, 5, '0') AS meter_id,
        'V-S' || lpad(number::text, 5, '0') AS vehicle_id,
@@ -273,6 +275,16 @@ def run_jobs(db: psycopg.Connection[Any], now: datetime) -> None:
     for run in schema.run_due_jobs(db, lambda: now, run_all=True):
         if not run.succeeded:
             sys.exit(f"{run.job_name} failed: {run.error}")
+
+
+@contextlib.contextmanager
+def open_seeded(server: str | None, fleet: Fleet) -> Iterator[str]:
+    """A new database with this fleet in it, in which nothing starts by itself any more."""
+    with open_database(server) as dsn:
+        seed(dsn, fleet)
+        with connect_now(dsn, "benchmark") as db:
+            db.execute("SELECT _timescaledb_functions.stop_background_workers()")
+        yield dsn
 
 
 def newest_half_past() -> datetime:

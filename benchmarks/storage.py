@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 import psycopg
-from harness import HERE, Report, argument_parser, fetch_row, open_database, parse_arguments
-from seed import MAKE_READINGS, create_devices
 
 from energy_platform.files.formats import ImportOptions, create_format
 from energy_platform.readings import MeterReading, Reading, VehicleReading
+from harness import HERE, Report, argument_parser, fetch_row, open_database, parse_arguments
+from seed import MAKE_READINGS, create_devices
 
 BEGIN = datetime(2026, 3, 2, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -277,7 +277,7 @@ def measure_columns(db: psycopg.Connection[Any]) -> dict[str, int]:
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--data", type=Path, default=SHARED, help="folder of the real readings")
+    parser.add_argument("--data", default=str(SHARED), help="folder of the real readings")
     parser.add_argument("--devices", type=int, help="of each set; default: 100 (quick: 10)")
     arguments = parse_arguments(parser)
     devices = arguments.devices or (10 if arguments.quick else 100)
@@ -288,7 +288,7 @@ def main() -> None:
         psycopg.connect(dsn, autocommit=True, options="-c timezone=UTC -c jit=off") as db,
     ):
         db.execute("SET synchronous_commit = off")
-        for source in load_sources(db, arguments.data, devices):
+        for source in load_sources(db, Path(arguments.data), devices):
             tell_source(db, source, report)
             db.execute(f"DROP TABLE {source.table}")
     report.write()

@@ -100,8 +100,8 @@ def measure(sizes: Sequence[Size], arguments: argparse.Namespace) -> dict[Size, 
 
 # ---- The plot ---------------------------------------------------------------------------------
 
-WIDTH, HEIGHT = 720, 400
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 56
+WIDTH, HEIGHT = 780, 400
+LEFT, RIGHT, TOP, BOTTOM = 64, 44, 48, 56
 COLORS = ("#1f6feb", "#0a7f5a", "#b3541e", "#7a3e9d")
 
 

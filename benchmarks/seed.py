@@ -139,7 +139,8 @@ _KWH_AT = """(floor(({at} - plug_in - 1704067200) / 86400)
 # What all devices did in a piece of time, in the order of time.
 _READINGS = f"""
 SELECT r.*, kwh_until - kwh_before AS kwh,
-       (hashint8(number * 1000003 + floor(seconds)::bigint) & 4095) / 4096.0::float8 AS noise
+       (hashint8(number * 1000003::bigint + floor(seconds)::bigint) & 4095) / 4096.0::float8
+         AS noise
 FROM (
   SELECT *, {_KWH_AT.format(at="seconds", after="after")} AS kwh_until,
          {_KWH_AT.format(at="(seconds - step)", after="before")} AS kwh_before

@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--data", default=str(SHARED), help="folder of the real readings")
     parser.add_argument("--devices", type=int, help="of each set; default: 100 (quick: 10)")
     arguments = parse_arguments(parser)
+    data = Path(vars(arguments).pop("data"))  # no part of the result
     devices = arguments.devices or (10 if arguments.quick else 100)
     report = Report(__file__, "Bytes a reading", arguments)
     report.say(f"\n{devices} devices, {DAYS} days in chunks of one.")
@@ -288,7 +289,7 @@ def main() -> None:
         psycopg.connect(dsn, autocommit=True, options="-c timezone=UTC -c jit=off") as db,
     ):
         db.execute("SET synchronous_commit = off")
-        for source in load_sources(db, Path(arguments.data), devices):
+        for source in load_sources(db, data, devices):
             tell_source(db, source, report)
             db.execute(f"DROP TABLE {source.table}")
     report.write()

@@ -89,8 +89,10 @@ def measure(sizes: Sequence[Size], arguments: argparse.Namespace) -> dict[Size, 
             fleet = Fleet(size.devices, size.days, until, parse_steps(steps))
             dsn = stack.enter_context(open_seeded(arguments.database_url, fleet))
             places[size] = dsn, fleet, Timeline(POST_DEVICES)
+        order = list(places.items())
         for _ in range(arguments.rounds):
-            for size, (dsn, fleet, timeline) in places.items():
+            order = order[1:] + order[:1]  # another one is the first in each round
+            for size, (dsn, fleet, timeline) in order:
                 rounds[size].append(run_round(dsn, fleet, timeline, arguments.seconds))
     return {
         size: {m.name: Spread.of(one[m.name] for one in done) for m in MEASURES}

@@ -6,7 +6,7 @@
         --peer-batch-key readings                      # for bodies such as {"readings":[...]}
 
 Clients are connections that post their next body when the last is answered. In turn with them the
-writer's statements run alone, on as many connections as there are clients, each body a transaction.
+writer's statements run alone, each body a transaction, on as many connections as the writer uses.
 """
 
 import sys
@@ -14,6 +14,7 @@ from argparse import Namespace
 from functools import partial
 
 from bare_statement import run_statement
+from energy_platform.settings import Settings
 from harness import Report, Service, Spread, argument_parser, open_service, parse_arguments
 from load import Answers, Timeline, render_batches, start_load
 
@@ -56,7 +57,13 @@ def compare(report: Report, arguments: Namespace, service: Service) -> None:
                 rates.append(count_rate(answers, size))
                 times.append(answers.percentile_ms(200, 99))
                 statement_rates.append(
-                    run_statement(service.dsn, timeline, clients, size, arguments.seconds)
+                    run_statement(
+                        service.dsn,
+                        timeline,
+                        min(clients, Settings().writer_connections),
+                        size,
+                        arguments.seconds,
+                    )
                 )
                 if arguments.peer_batch_url:
                     peer_answers = post_batches(
@@ -103,8 +110,8 @@ def main() -> None:
     report.say(
         f"Readings a second. {DEVICES // 2:,} meters and {DEVICES // 2:,} vehicles, both in every "
         "body, each instant once, in the order of time.\n"
-        "The bare statement stores each body as a transaction, on as many connections as there are "
-        "clients; the service's writer has one."
+        "The bare statement stores each body as a transaction, on as many connections as the "
+        f"service's writer has for so many clients, at most {Settings().writer_connections}."
     )
     with open_service(arguments.database_url) as service:
         compare(report, arguments, service)

@@ -25,7 +25,7 @@ from energy_platform.access import KeyRing
 from energy_platform.errors import EnergyError, StorageError
 from energy_platform.http import analytics, corrections, fleet, plausibility, quarantine
 from energy_platform.http.access import is_local_request, is_loopback, require
-from energy_platform.http.ingest import IngestEndpoint, Limits, answer_of_problem, send_answer
+from energy_platform.http.ingest import Answer, IngestEndpoint, Limits, answer_of_problem
 from energy_platform.http.metrics import CONTENT_TYPE, Metrics
 from energy_platform.http.openapi import OPENAPI_CONFIG
 from energy_platform.http.problems import Problem, answer_problem
@@ -58,8 +58,6 @@ def create_app(
     metrics = Metrics()
     state = State()
     ingest = IngestEndpoint(
-        writer=lambda: state.service.writer,
-        keys=lambda: state.service.keys,
         limits=Limits(
             settings.body_bytes_max,
             settings.body_readings_max,
@@ -75,7 +73,9 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         async with _open_service(settings, dsn, clock, runs_jobs, metrics) as service:
-            state.service = app.state.service = service
+            state.service = app.state.service = front.service = service
+            if service.writer is not None:
+                ingest.open(service.writer, service.keys)
             _rest_garbage_collector()
             if service.keys.is_open:
                 _log.info("no API key exists: open to everyone on this machine, and to nobody else")
@@ -91,7 +91,8 @@ def create_app(
         logging_config=None,
         request_max_body_size=settings.body_bytes_max,
     )
-    return _Front(app, state, ingest if settings.serve_role != "analytics" else None)
+    front = _Front(app, metrics, ingest if settings.serve_role != "analytics" else None)
+    return front
 
 
 def _rest_garbage_collector() -> None:
@@ -115,7 +116,8 @@ def _routes(role: str, ingest: IngestEndpoint) -> list[ControllerRouterHandler]:
 
         @asgi(INGEST_PATH, copy_scope=False)
         async def post_ingest(scope: Scope, receive: Receive, send: Send) -> None:
-            await ingest(scope, receive, send)
+            answer = await ingest.answer(scope, receive)
+            await answer.send(send)
 
         routes += [post_ingest, quarantine.router, corrections.router]
     if role in ("all", "analytics"):
@@ -260,9 +262,11 @@ class _Front:
     Readings go past Litestar: what it wraps around a route takes longer than storing a reading.
     """
 
-    def __init__(self, app: Litestar, state: State, ingest: IngestEndpoint | None) -> None:
+    service: Service
+
+    def __init__(self, app: Litestar, metrics: Metrics, ingest: IngestEndpoint | None) -> None:
         self._app = app
-        self._state = state
+        self._metrics = metrics
         self._ingest = ingest
         self._refused = 0  # bodies of readings since it was logged
         self._refused_logged_at = 0.0
@@ -280,25 +284,28 @@ class _Front:
                 status = message["status"]
             await send(message)
 
+        answer: Answer | None = None
         try:
-            if self._state.service.keys.is_open and not is_local_request(scope["headers"]):
-                await send_answer(send_and_note, answer_of_problem(_NOT_LOCAL))
+            if self.service.keys.is_open and not is_local_request(scope["headers"]):
+                answer = _NOT_LOCAL
             elif self._ingest and scope["path"] == INGEST_PATH:
                 scope["path_template"] = INGEST_PATH
-                await self._ingest(scope, receive, send_and_note)
+                answer = await self._ingest.answer(scope, receive)
             else:
                 _decode_path(scope)
                 await self._app(scope, receive, send_and_note)
+            if answer:
+                status = answer.status
+                await answer.send(send)
         finally:
             self._note(scope, status, time.perf_counter() - started)
 
     def _note(self, scope: Any, status: int, seconds: float) -> None:
-        path = scope["path"]
         route = scope.get("path_template", "unknown")
-        metrics: Metrics = self._state.metrics
-        metrics.note_request(scope["method"], route, status, seconds)
+        self._metrics.note_request(scope["method"], route, status, seconds)
         # Readings that are taken are counted, not logged: they are nearly all of the traffic. Those
         # that come too fast have a line a second.
+        path = scope["path"]
         if path == INGEST_PATH and status == 503:
             self._note_refused()
         elif path != INGEST_PATH or status >= 400:
@@ -330,9 +337,11 @@ def _decode_path(scope: Any) -> None:
         scope["path"] = "".join(parts)
 
 
-_NOT_LOCAL: Final = Problem(
-    403,
-    "not_local",
-    "No API key exists yet, so the service answers only Host and Origin headers of this machine. "
-    "Make a key with `energy-platform keys create`.",
+_NOT_LOCAL: Final = answer_of_problem(
+    Problem(
+        403,
+        "not_local",
+        "No API key exists yet, so the service answers only Host and Origin headers of this "
+        "machine. Make a key with `energy-platform keys create`.",
+    )
 )

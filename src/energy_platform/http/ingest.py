@@ -6,7 +6,7 @@ do for a handler (reading, errors, OpenAPI) is done here by hand.
 
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -82,13 +82,33 @@ class Account(msgspec.Struct, rename="camel"):
     errors_omitted: int
 
 
-class Answer(NamedTuple):
-    """A response, ready to send."""
+class Answer:
+    """A response as the two messages that send it."""
 
-    status: int
-    body: bytes
-    media_type: bytes = b"application/json"
-    headers: tuple[tuple[bytes, bytes], ...] = ()
+    __slots__ = ("body", "start", "status")
+
+    def __init__(
+        self,
+        status: int,
+        content: bytes,
+        media_type: bytes = b"application/json",
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
+        self.status = status
+        self.start: Any = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [
+                (b"content-type", media_type),
+                (b"content-length", str(len(content)).encode()),
+                *headers,
+            ],
+        }
+        self.body: Any = {"type": "http.response.body", "body": content, "more_body": False}
+
+    async def send(self, send: Send) -> None:
+        await send(self.start)
+        await send(self.body)
 
 
 _STORED: Final = Answer(201, b'{"outcome":"stored"}')
@@ -98,35 +118,34 @@ _DUPLICATE: Final = Answer(200, b'{"outcome":"duplicate"}')
 class IngestEndpoint:
     """The route's parts, put together once at start."""
 
-    def __init__(
-        self,
-        *,
-        writer: Callable[[], Writer],
-        keys: Callable[[], KeyRing],
-        limits: Limits,
-        clock: Callable[[], datetime],
-        metrics: Metrics,
-    ) -> None:
-        self._writer = writer
-        self._keys = keys
+    _writer: Writer
+    _keys: KeyRing
+
+    def __init__(self, *, limits: Limits, clock: Callable[[], datetime], metrics: Metrics) -> None:
         self._limits = limits
         self._clock = clock
         self._metrics = metrics
         self._arriving = Arriving(limits.arriving_bytes_max)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def open(self, writer: Writer, keys: KeyRing) -> None:
+        """Take readings from now on."""
+        self._writer = writer
+        self._keys = keys
+
+    async def answer(self, scope: Scope, receive: Receive) -> Answer:
+        """The answer to a request, whatever happens."""
         try:
-            answer = await self._post_ingest(scope, receive)
+            return await self._post_ingest(scope, receive)
         except RequestError as error:
-            answer = answer_of_problem(problem_of(error))
+            return answer_of_problem(problem_of(error))
         except Exception as error:
             answer = answer_of_problem(problem_of(error))
             if answer.status == 500:
                 _log.exception("request failed", extra={"path": scope["path"]})
-        await send_answer(send, answer)
+            return answer
 
     async def _post_ingest(self, scope: Scope, receive: Receive) -> Answer:
-        if self._writer().is_full:
+        if self._writer.is_full:
             return _QUEUE_FULL  # before anything is done for it: to refuse must be cheap
         if scope["method"] != "POST":  # type: ignore[typeddict-item]
             return answer_of_problem(
@@ -134,7 +153,7 @@ class IngestEndpoint:
             )
         headers = dict(scope["headers"])
         authorization = headers.get(b"authorization")
-        key = await self._keys().authorize(
+        key = await self._keys.authorize(
             authorization.decode("latin-1") if authorization else None, "ingest"
         )
         media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
@@ -163,13 +182,13 @@ class IngestEndpoint:
         if forbidden:
             kept = [i for i in range(len(batch.readings)) if i not in forbidden]
             allowed = Batch([batch.payloads[i] for i in kept], [batch.readings[i] for i in kept])
-            recorded = await self._writer().record(allowed, body_bytes, key.key_id if key else None)
+            recorded = await self._writer.record(allowed, body_bytes, key.key_id if key else None)
             outcomes: list[Outcome] = ["rejected"] * len(batch.readings)
             for i, outcome, reading in zip(kept, recorded, allowed.readings, strict=True):
                 outcomes[i] = outcome
                 batch.readings[i] = reading  # the writer may have found why it is refused
         else:
-            outcomes = await self._writer().record(batch, body_bytes, key.key_id if key else None)
+            outcomes = await self._writer.record(batch, body_bytes, key.key_id if key else None)
         for outcome in OUTCOMES:
             if count := outcomes.count(outcome):
                 self._metrics.readings[outcome].inc(count)
@@ -187,7 +206,7 @@ class IngestEndpoint:
                 )
                 continue
             try:
-                key = self._keys().sender(entry.key_id)
+                key = self._keys.sender(entry.key_id)
                 reading, _ = decode_reading(entry.payload, times)
             except RequestError as error:
                 verdicts[i] = Verdict("rejected", error.code, "$", str(error))
@@ -203,7 +222,7 @@ class IngestEndpoint:
         for key_id, sent in by_sender.items():
             batch = Batch([payload for _, payload, _ in sent], [reading for *_, reading in sent])
             body_bytes = sum(len(payload) for _, payload, _ in sent)
-            outcomes = await self._writer().record(batch, body_bytes, key_id, keep_unfit=False)
+            outcomes = await self._writer.record(batch, body_bytes, key_id, keep_unfit=False)
             for (i, _, _), outcome, reading in zip(sent, outcomes, batch.readings, strict=True):
                 verdicts[i] = Verdict(outcome, *(_reason(outcome, reading) or ()))
         assert all(verdicts)
@@ -398,18 +417,3 @@ def answer_of_problem(problem: Problem) -> Answer:
 
 
 _QUEUE_FULL: Final = answer_of_problem(problem_of(OverloadedError()))
-
-
-async def send_answer(send: Send, answer: Answer) -> None:
-    start: Any = {
-        "type": "http.response.start",
-        "status": answer.status,
-        "headers": [
-            (b"content-type", answer.media_type),
-            (b"content-length", str(len(answer.body)).encode()),
-            *answer.headers,
-        ],
-    }
-    await send(start)
-    body: Any = {"type": "http.response.body", "body": answer.body, "more_body": False}
-    await send(body)

@@ -69,6 +69,11 @@ def render_now(devices: int, readings: int | None = None) -> Iterator[bytes]:
         yield render_reading(device, 0.1, datetime.now(UTC).isoformat()).encode()
 
 
+def tell_instant(instant: datetime) -> bytes:
+    """In UTC, ending with Z: not every peer knows offsets."""
+    return instant.astimezone(UTC).isoformat().replace("+00:00", "Z").encode()
+
+
 def render_batches(
     devices: int, size: int, since: datetime, key: str | None = None
 ) -> Iterator[bytes]:
@@ -86,7 +91,7 @@ def render_batches(
         for i in range(0, devices, size)
     ]
     return (
-        template.replace(b"@", (since + step * STEP).isoformat().encode())
+        template.replace(b"@", tell_instant(since + step * STEP))
         for step in itertools.count()
         for template in templates
     )

@@ -9,14 +9,52 @@ CREATE OR REPLACE FUNCTION vehicle_performance_v1(
 RETURNS SETOF vehicle_performance
 LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  RETURN QUERY SELECT p.* FROM public.vehicle_performances($1, ARRAY[$2], $3) p;
+END $$;
+
+-- The same of consecutive windows, which begin at `edges`, in their order, and end together with the
+-- last of them: one row each, none at all for a vehicle that was never declared, assigned or heard. What is
+-- clean is asked once.
+CREATE OR REPLACE FUNCTION vehicle_performances(
+  vehicle text, edges timestamptz[], until timestamptz)
+RETURNS SETOF vehicle_performance
+LANGUAGE plpgsql STABLE AS $$
 DECLARE
-  the_vehicle ALIAS FOR $1;
-  window_since ALIAS FOR $2;
-  window_until ALIAS FOR $3;
-  answer public.vehicle_performance;
   device record;          -- of the vehicle: its kind and its interval in seconds
   vehicle_hours record;   -- which hours of its rollup may be read
   meter_hours record;
+BEGIN
+  PERFORM public.check_window(edges[1], until);
+  SELECT v.energy_kind, extract(epoch FROM v.reporting_interval)::float8 AS interval_seconds
+  INTO device
+  FROM public.vehicle v WHERE v.vehicle_id = vehicle;
+  IF NOT FOUND THEN
+    RETURN;
+  END IF;
+  SELECT * INTO vehicle_hours FROM public.rollup_coverage(
+    'vehicle_hourly', 'vehicle_telemetry_history', edges[1], until);
+  SELECT * INTO meter_hours FROM public.rollup_coverage(
+    'meter_hourly', 'meter_telemetry_history', edges[1], until);
+  FOR i IN 1 .. cardinality(edges) LOOP
+    RETURN NEXT public.measure_vehicle(
+      vehicle, device.energy_kind, device.interval_seconds,
+      edges[i], coalesce(edges[i + 1], until),
+      vehicle_hours.rolled, vehicle_hours.dropped, meter_hours.rolled, meter_hours.dropped);
+  END LOOP;
+  PERFORM public.check_raw_store(
+    public.raw_store_version(edges[1], until), edges[1], until);
+END $$;
+
+CREATE OR REPLACE FUNCTION measure_vehicle(
+  vehicle text, energy_kind text, interval_seconds float8,
+  window_since timestamptz, window_until timestamptz,
+  vehicle_rolled tstzmultirange, vehicle_dropped tstzmultirange,
+  meter_rolled tstzmultirange, meter_dropped tstzmultirange)
+RETURNS vehicle_performance
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  answer public.vehicle_performance;
   piece record;           -- a stretch of the window with one meter, or with none
   dc record;
   ac record;
@@ -24,36 +62,22 @@ DECLARE
   ac_promised float8 := 0;
   ac_readings bigint := 0;
 BEGIN
-  PERFORM public.check_window(window_since, window_until);
-  SELECT v.energy_kind, extract(epoch FROM v.reporting_interval)::float8 AS interval_seconds
-  INTO device
-  FROM public.vehicle v WHERE v.vehicle_id = the_vehicle;
-  IF NOT FOUND THEN
-    RETURN;  -- never declared, assigned or heard
-  END IF;
-
-  answer.vehicle_id := the_vehicle;
+  answer.vehicle_id := vehicle;
   answer.since := window_since;
   answer.until := window_until;
   answer.total_kwh_delivered_dc := 0;
   answer.metered_kwh_delivered_dc := 0;
   answer.dc_readings := 0;
-  answer.suspect_readings :=
-    public.suspect_count('vehicle', the_vehicle, window_since, window_until);
-  SELECT * INTO vehicle_hours FROM public.rollup_coverage(
-    'vehicle_hourly', 'vehicle_telemetry_history', window_since, window_until);
-  SELECT * INTO meter_hours FROM public.rollup_coverage(
-    'meter_hourly', 'meter_telemetry_history', window_since, window_until);
-
-  FOR piece IN SELECT * FROM public.assigned_pieces(the_vehicle, window_since, window_until) LOOP
-    dc := public.device_measures('vehicle', the_vehicle, device.energy_kind, piece.since,
-                                 piece.until, vehicle_hours.rolled, vehicle_hours.dropped);
+  answer.suspect_readings := public.suspect_count('vehicle', vehicle, window_since, window_until);
+  FOR piece IN SELECT * FROM public.assigned_pieces(vehicle, window_since, window_until) LOOP
+    dc := public.device_measures('vehicle', vehicle, energy_kind, piece.since, piece.until,
+                                 vehicle_rolled, vehicle_dropped);
     answer.total_kwh_delivered_dc := answer.total_kwh_delivered_dc + dc.kwh;
     answer.dc_readings := answer.dc_readings + dc.readings;
     temp_sum := temp_sum + dc.temp_sum;
     IF piece.meter_id IS NOT NULL THEN
       ac := public.device_measures('meter', piece.meter_id, piece.energy_kind, piece.since,
-                                   piece.until, meter_hours.rolled, meter_hours.dropped);
+                                   piece.until, meter_rolled, meter_dropped);
       answer.metered_kwh_delivered_dc := answer.metered_kwh_delivered_dc + dc.kwh;
       answer.total_kwh_consumed_ac := coalesce(answer.total_kwh_consumed_ac, 0) + ac.kwh;
       ac_readings := ac_readings + ac.readings;
@@ -63,20 +87,17 @@ BEGIN
         + extract(epoch FROM piece.until - piece.since)::float8 / piece.interval_seconds;
     END IF;
   END LOOP;
-
   answer.ac_readings := ac_readings;
   answer.average_battery_temp := temp_sum / nullif(answer.dc_readings, 0);
   answer.efficiency_ratio :=
     public.float_ratio(answer.metered_kwh_delivered_dc, answer.total_kwh_consumed_ac);
-  answer.dc_coverage := public.reading_coverage(answer.dc_readings * device.interval_seconds,
+  answer.dc_coverage := public.reading_coverage(answer.dc_readings * interval_seconds,
     extract(epoch FROM window_until - window_since)::float8);
   answer.ac_coverage := public.reading_coverage(ac_readings, ac_promised);
   answer.verdict := public.performance_verdict(
     answer.total_kwh_consumed_ac, answer.metered_kwh_delivered_dc, answer.efficiency_ratio,
     answer.ac_coverage, answer.dc_coverage);
-  PERFORM public.check_raw_store(
-    public.raw_store_version(window_since, window_until), window_since, window_until);
-  RETURN NEXT answer;
+  RETURN answer;
 END $$;
 
 -- What the answers for one vehicle and for the fleet share.

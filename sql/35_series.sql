@@ -37,10 +37,9 @@ BEGIN
   IF bucket NOT IN (INTERVAL '1 hour', INTERVAL '1 day') THEN
     RAISE EXCEPTION 'bucket must be 1 hour or 1 day' USING ERRCODE = 'invalid_parameter_value';
   END IF;
+  PERFORM public.check_window($2, $3);
   RETURN QUERY
     SELECT p.*
-    FROM (SELECT edge, lead(edge, 1, $3) OVER (ORDER BY edge) AS next_edge
-          FROM public.local_edges($2, $3, $4, $5) AS edge) b
-    CROSS JOIN LATERAL public.vehicle_performance_v1($1, b.edge, b.next_edge) p
-    ORDER BY p.since;
+    FROM public.vehicle_performances(
+      $1, ARRAY(SELECT edge FROM public.local_edges($2, $3, $4, $5) AS edge ORDER BY edge), $3) p;
 END $$;

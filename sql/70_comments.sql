@@ -239,6 +239,12 @@ COMMENT ON FUNCTION piece_sessions(text, text, interval, timestamptz, timestampt
   'When a vehicle charged in a piece of time with one meter, or with none.';
 COMMENT ON FUNCTION sessions_seen_since(text, text, interval, timestamptz, timestamptz) IS
   'From where on readings have to be looked at to see a session that runs at an instant from its beginning.';
+COMMENT ON FUNCTION vehicle_performances(text, timestamptz[], timestamptz) IS
+  'vehicle_performance_v1() of consecutive windows.';
+COMMENT ON FUNCTION measure_vehicle(
+  text, text, float8, timestamptz, timestamptz, tstzmultirange, tstzmultirange, tstzmultirange,
+  tstzmultirange) IS
+  'The performance of a vehicle in one window, from the hours of the rollups that may be read.';
 COMMENT ON FUNCTION vehicle_performance_series_v1(
   text, timestamptz, timestamptz, interval, text) IS
   'vehicle_performance_v1() for each hour or day of the window, by the clocks of a time zone.';

@@ -10,6 +10,7 @@ before the commit.
 import asyncio
 import hashlib
 import logging
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -54,6 +55,7 @@ class _Kind(NamedTuple):
 
     device_class: str
     columns: tuple[str, ...]
+    key_of: Callable[[Reading], tuple[str, datetime]]
     fetch: Any
     catch_up: Any
 
@@ -62,6 +64,7 @@ _KINDS: Final = {
     struct: _Kind(
         struct.kind,
         columns,
+        operator.attrgetter(*columns[:2]),
         _SQL[f"fetch_{struct.kind}_readings"],
         _SQL[f"catch_up_{struct.kind}_live"],
     )
@@ -420,10 +423,10 @@ class _Part:
     def __init__(self, kind: _Kind, readings: dict[int, Reading]) -> None:
         self.kind = kind
         self.readings = readings
-        # A key that comes twice in a lane is settled here: the first by position is the first.
-        self.firsts: dict[tuple[str, datetime], int] = {}
-        for place, reading in readings.items():
-            self.firsts.setdefault((reading.device_id, reading.ts), place)
+        # A key that comes twice in a lane is settled here: the first by position is the first, so
+        # it is the last that this dict is told.
+        keys = [*map(kind.key_of, readings.values())]
+        self.firsts = dict(zip(reversed(keys), reversed(readings), strict=True))
         self.sent = list(self.firsts.values())
 
     def columns(self) -> dict[str, list[Any]]:
@@ -519,7 +522,7 @@ def _compare(
 ) -> Iterator[tuple[int, Outcome]]:
     """Tell duplicate from conflicting, by the values that are known under a reading's key."""
     for place, reading in part.readings.items():
-        first = part.firsts[reading.device_id, reading.ts]
+        first = part.firsts[part.kind.key_of(reading)]
         if place != first or outcomes[place] != "stored":
             values = (
                 [row.values for row in known[first]]

@@ -356,7 +356,8 @@ def test_a_full_queue_is_503_with_retry_after(
         async with httpx.AsyncClient(base_url=api.base_url, timeout=60) as client:
             bodies = [msgspec.to_builtins(meter(f"M-{i}")) for i in range(8)]
             tasks = [asyncio.create_task(client.post("/v1/ingest", json=body)) for body in bodies]
-            # One is being written and one waits: the other six are answered while the lock is held.
+            # One is being written, and one waits if it came after that was begun: the others, six
+            # at least, are answered while the lock is held.
             for number, answered in enumerate(asyncio.as_completed(tasks), 1):
                 assert (await answered).status_code == 503
                 if number == 6:
@@ -367,12 +368,13 @@ def test_a_full_queue_is_503_with_retry_after(
     with psycopg.connect(dsn) as locker:
         locker.execute("LOCK TABLE meter_telemetry_history IN EXCLUSIVE MODE")
         answers = asyncio.run(send_all(locker))
-    assert Counter(answer.status_code for answer in answers) == {503: 6, 201: 2}
+    counts = Counter(answer.status_code for answer in answers)
+    assert counts in ({503: 6, 201: 2}, {503: 7, 201: 1})
     for answer in answers:
         if answer.status_code == 503:
             assert answer.headers["retry-after"] == "1"
             assert answer.json()["code"] == "queue_full"
-    assert len(db.execute("SELECT FROM meter_telemetry_history").fetchall()) == 2
+    assert len(db.execute("SELECT FROM meter_telemetry_history").fetchall()) == counts[201]
 
 
 def test_stopping_writes_what_is_queued(dsn: str, db: Db, clock: Clock) -> None:

@@ -186,7 +186,7 @@ def main() -> None:
     done = measure(sizes, arguments)
     base = done[sizes[0]]
     ratios: dict[str, list[tuple[int, float]]] = {m.title: [] for m in MEASURES}
-    for size, figures in done.items():
+    for size, figures in ((size, done[size]) for size in sizes):
         cells = []
         for m in MEASURES:
             ratio = ratio_to(base[m.name], figures[m.name], m.is_rate)

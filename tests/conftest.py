@@ -25,6 +25,7 @@ from pytest_postgresql.janitor import DatabaseJanitor
 from energy_platform import schema
 from energy_platform.embedded import Engine
 from energy_platform.http.app import create_app
+from energy_platform.http.protocol import JoinedWritesProtocol
 from energy_platform.settings import Settings, load_settings
 from running import Platform
 
@@ -157,6 +158,7 @@ class RunningService:
             access_log=False,
             ws="none",
             lifespan="on",
+            http=JoinedWritesProtocol,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)

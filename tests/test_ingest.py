@@ -441,6 +441,22 @@ def test_a_lost_connection_neither_loses_nor_doubles(dsn: str, db: Db, clock: Cl
     assert rows == [("M-0",), ("M-1",), ("M-2",)]
 
 
+def test_what_cannot_be_quarantined_costs_itself_alone(dsn: str, db: Db, clock: Clock) -> None:
+    """The readings beside it are committed by then, and are stored, not known already."""
+    db.execute("ALTER TABLE quarantine ADD CHECK (code <> 'x')")
+
+    async def scenario(writer: Writer) -> None:
+        bodies = [meter("M-1")], [Rejection("x", "$", "")], [meter("M-1", kwh=2)], [vehicle()]
+        outcomes = await asyncio.gather(
+            *(record(writer, *body) for body in bodies), return_exceptions=True
+        )
+        assert isinstance(outcomes.pop(1), StorageError)
+        assert outcomes == [["stored"], ["conflicting"], ["stored"]]
+        assert writer.transactions > 1
+
+    run(dsn, clock, scenario)
+
+
 def test_history_that_was_filled_by_other_ways_is_caught_up_with(
     dsn: str, db: Db, clock: Clock
 ) -> None:

@@ -305,8 +305,13 @@ class Writer:
         lane: list[Item],
         received_at: datetime,
         rounds: int = 0,
+        *,
+        is_repeated: bool = False,
     ) -> AsyncConnection[Any]:
-        """One transaction, again where that may help, and in halves where the data is at fault."""
+        """One transaction, again where that may help, and in halves where the data is at fault.
+
+        `is_repeated`: parts of the lane may be committed already; their received_at tells.
+        """
         reconnected = connection is None
         for attempt in range(ATTEMPTS_MAX):
             if connection is None or connection.closed:
@@ -314,30 +319,40 @@ class Writer:
                     self._dsn, autocommit=True, prepare_threshold=0
                 )
             try:
-                # Of an attempt before this one parts may be committed: received_at tells which.
-                outcomes = await _store(connection, lane, received_at, is_repeated=attempt > 0)
+                outcomes = await _store(connection, lane, received_at, is_repeated=is_repeated)
                 self._settle(lane, outcomes)
                 return connection
             except psycopg.errors.UniqueViolation:
                 if attempt == ATTEMPTS_MAX - 1:
+                    await connection.close()
                     raise
                 await _catch_up(connection, lane)
             except _Refused as refused:  # each time at least one more, so this comes to an end
                 rounds += 1
                 lane = _without(lane, refused.reasons, whole_keys=rounds > REFUSALS_ROUNDS_MAX)
-                return await self._write_lane(connection, lane, received_at, rounds)
+                return await self._write_lane(
+                    connection, lane, received_at, rounds, is_repeated=is_repeated
+                )
+            except _NotQuarantined as error:  # the readings themselves are stored
+                return await self._write_halves(
+                    connection, lane, received_at, error.reason, is_repeated=True
+                )
             except (psycopg.DataError, psycopg.IntegrityError) as error:
-                return await self._write_halves(connection, lane, received_at, error)
+                return await self._write_halves(
+                    connection, lane, received_at, error, is_repeated=is_repeated
+                )
             except (psycopg.Error, _RaceLost) as error:
                 is_lost = isinstance(error, psycopg.Error) and database.is_unavailable(error)
                 may_pass = isinstance(error, _RaceLost) or database.is_transient(error)
                 again = may_pass or (is_lost and not reconnected)
+                again = again and attempt < ATTEMPTS_MAX - 1
                 if is_lost or not again:
                     await connection.close()
-                if not again or attempt == ATTEMPTS_MAX - 1:
+                if not again:
                     raise
                 if is_lost:
                     reconnected = True
+            is_repeated = True
         raise AssertionError("the loop returns or raises")
 
     async def _write_halves(
@@ -346,15 +361,18 @@ class Writer:
         lane: list[Item],
         received_at: datetime,
         error: psycopg.Error,
+        *,
+        is_repeated: bool,
     ) -> AsyncConnection[Any]:
         """The database refuses a value: find the reading that holds it, and store the others."""
         if len(lane) > 1:
-            middle = len(lane) // 2
-            connection = await self._write_lane(connection, lane[:middle], received_at)
-            return await self._write_lane(connection, lane[middle:], received_at)
+            for half in (lane[: len(lane) // 2], lane[len(lane) // 2 :]):
+                connection = await self._write_lane(connection, half, received_at, is_repeated=True)
+            return connection
         (item,) = lane
-        if isinstance(item.reading, Rejection):
-            raise error
+        if isinstance(item.reading, Rejection):  # not even the quarantine takes it
+            _fail([item.submission], error)
+            return connection
         refusal = Rejection("refused", "$", str(error).strip(), item.reading.device_id)
         return await self._write_lane(connection, [item._replace(reading=refusal)], received_at)
 
@@ -373,15 +391,23 @@ def _fail(submissions: Iterable[Submission], error: Exception) -> None:
     """Answer 503 to all of these that have no answer yet."""
     if not database.is_unavailable(error):
         _log.error("transaction failed", exc_info=error)
-    failure = StorageError()
-    failure.__cause__ = error
     for submission in submissions:
         if not submission.done.done():
+            failure = StorageError()
+            failure.__cause__ = error
             submission.done.set_exception(failure)
 
 
 class _RaceLost(Exception):
     """A reading was neither inserted nor is it visible: store the lane again."""
+
+
+class _NotQuarantined(Exception):
+    """The database refuses a value of what was to be kept in quarantine."""
+
+    def __init__(self, reason: psycopg.Error) -> None:
+        super().__init__()
+        self.reason = reason
 
 
 class _Refused(Exception):
@@ -449,8 +475,8 @@ async def _store(
 ) -> list[Outcome]:
     """Store a lane in one transaction, then quarantine what is unfit; returns each item's outcome.
 
-    With `is_repeated`, rows of the same received_at are of an attempt that was committed after all.
-    Raises: _Refused, _RaceLost.
+    With `is_repeated`, rows of the same received_at and values are of an attempt before this one.
+    Raises: _Refused, _RaceLost, _NotQuarantined.
     """
     outcomes: list[Outcome] = ["rejected"] * len(lane)
     parts = _part(lane)
@@ -462,7 +488,8 @@ async def _store(
         if places := lost[part.kind.device_class]:
             known = await _fetch_known(connection, part, places)
         for place, found in known.items():
-            if not (is_repeated and any(received_at == row.received_at for row in found)):
+            ours = _Known(part.readings[place].values, received_at)
+            if not (is_repeated and ours in found):
                 outcomes[place] = "duplicate"
         if known or len(part.sent) < len(part.readings):
             for place, outcome in _compare(part, known, outcomes):
@@ -474,9 +501,12 @@ async def _store(
     ]
     if unfit:
         columns = quarantine_columns(unfit, received_at)
-        await connection.execute(
-            _SQL["quarantine_payloads"], {**columns, "is_repeated": is_repeated}
-        )
+        try:
+            await connection.execute(
+                _SQL["quarantine_payloads"], {**columns, "is_repeated": is_repeated}
+            )
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            raise _NotQuarantined(error) from error
     return outcomes
 
 

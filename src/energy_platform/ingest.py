@@ -56,6 +56,7 @@ class _Kind(NamedTuple):
     device_class: str
     columns: tuple[str, ...]
     key_of: Callable[[Reading], tuple[str, datetime]]
+    record: Any
     fetch: Any
     catch_up: Any
 
@@ -65,6 +66,7 @@ _KINDS: Final = {
         struct.kind,
         columns,
         operator.attrgetter(*columns[:2]),
+        _SQL[f"record_{struct.kind}_readings"],
         _SQL[f"fetch_{struct.kind}_readings"],
         _SQL[f"catch_up_{struct.kind}_live"],
     )
@@ -521,9 +523,10 @@ async def _record(
     for part in parts:
         columns |= part.columns()
     of_class = {part.kind.device_class: part for part in parts}
-    query = "record_readings" if len(parts) > 1 else f"record_{parts[0].kind.device_class}_readings"
+    # Both kinds in one transaction; always in this order, so that two writers lock in one.
+    query = "\nUNION ALL\n".join(part.kind.record for part in parts)
     try:
-        cursor = await connection.execute(_SQL[query], columns)
+        cursor = await connection.execute(query, columns)
     except psycopg.Error as error:
         if error.sqlstate != HARD_LIMIT_BROKEN:
             raise

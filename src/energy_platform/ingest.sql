@@ -12,15 +12,6 @@ SELECT 'vehicle' AS kind, position FROM record_vehicle_readings(
   %(vehicle_id)b, %(vehicle_ts)b, %(soc)b, %(kwh_delivered_dc)b, %(battery_temp)b, %(received_at)b)
   AS position
 
--- name: record_readings
--- Both kinds in one transaction; always in this order, so that two writers lock in one.
-SELECT 'meter' AS kind, position FROM record_meter_readings(
-  %(meter_id)b, %(meter_ts)b, %(kwh_consumed_ac)b, %(voltage)b, %(received_at)b) AS position
-UNION ALL
-SELECT 'vehicle', position FROM record_vehicle_readings(
-  %(vehicle_id)b, %(vehicle_ts)b, %(soc)b, %(kwh_delivered_dc)b, %(battery_temp)b, %(received_at)b)
-  AS position
-
 -- name: catch_up_meter_live
 -- Live rows forward to the newest reading of history, where somebody has put that there by other ways.
 WITH moved AS (
